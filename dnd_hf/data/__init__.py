@@ -1,0 +1,1 @@
+"""Data: images to tensors, datasets of codes, rendered text, PDF pages."""

@@ -1,0 +1,200 @@
+"""DnDForImageGeneration: one decoder that predicts all residual codes of a position in one forward pass.
+
+Shape suffixes: B batch, L sequence (grid positions in raster order), D depth, C hidden size, V codebook size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, initialization
+from transformers.masking_utils import create_causal_mask
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+from transformers.utils import ModelOutput
+
+from .configuration_dnd import DnDConfig
+from .generation_dnd import DnDGenerationMixin
+
+
+@dataclass
+class DnDOutput(ModelOutput):
+    """Output of [`DnDForImageGeneration`].
+
+    Args:
+        loss: scalar, the mean cross-entropy (nats) over all positions and depths; given `labels`.
+        depth_losses: `(depth,)`, the same mean for each depth; given `labels`.
+        logits: `(batch, height * width, depth, vocab_size)`; position i holds the prediction of grid cell i.
+    """
+
+    loss: Tensor | None = None
+    depth_losses: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): drops a residual branch for whole samples and rescales the others."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch_BLC: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return branch_BLC
+        kept = torch.rand(len(branch_BLC), 1, 1, device=branch_BLC.device) >= self.rate
+        return branch_BLC * kept / (1 - self.rate)
+
+
+class DnDDecoderLayer(LlamaDecoderLayer):
+    """A LLaMA block with dropout and stochastic depth on both residual branches."""
+
+    def __init__(self, config: DnDConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.residual_dropout = nn.Dropout(config.residual_dropout)
+        self.mlp_dropout = nn.Dropout(config.mlp_dropout)
+        self.drop_path = DropPath(config.drop_path_rate * layer_idx / max(1, config.num_hidden_layers - 1))
+
+    def forward(self, hidden_states: Tensor, **attention_kwargs) -> Tensor:
+        attention, _ = self.self_attn(self.input_layernorm(hidden_states), **attention_kwargs)
+        hidden_states = hidden_states + self.drop_path(self.residual_dropout(attention))
+        mlp = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + self.drop_path(self.mlp_dropout(mlp))
+
+
+class DnDForImageGeneration(DnDGenerationMixin, PreTrainedModel):
+    """DnD-Transformer (arXiv 2410.01912): a LLaMA decoder over a grid of residual codes.
+
+    The sequence is the class token followed by one token a grid cell, the sum of the embeddings of its codes. At
+    `config.prediction_layers[k]` head k (RMS norm and linear) predicts code k of the next cell; in `"dnd"` mode the
+    embedding of that code is then added to the hidden state, which runs on to head k + 1. With depth 1 this is the
+    plain autoregressive model of LlamaGen.
+    """
+
+    config_class = DnDConfig
+    base_model_prefix = ""
+    main_input_name = "codes"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _no_split_modules = ["DnDDecoderLayer"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def __init__(self, config: DnDConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_classes = nn.Embedding(config.num_classes + config.has_null_class, config.hidden_size)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = nn.ModuleList(DnDDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norms = nn.ModuleList(
+            LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps) for _ in range(config.code_depth)
+        )
+        self.heads = nn.ModuleList(
+            nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            for _ in range(1 if config.tie_prediction_heads else config.code_depth)
+        )
+        self.gradient_checkpointing = False
+        guidance_scale = 2.0 if config.has_null_class else 1.0
+        self.generation_config.update(
+            do_sample=True, guidance_scale=guidance_scale, temperature=1.0, top_k=0, top_p=1.0
+        )
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if module in set(self.heads):
+            initialization.zeros_(module.weight)
+        else:
+            super()._init_weights(module)
+
+    def forward(
+        self,
+        class_labels: Tensor,
+        codes: Tensor,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> DnDOutput | tuple[Tensor, ...]:
+        """Predicts every code from the codes before it (teacher forcing).
+
+        Args:
+            class_labels: `(batch,)` integers in `[0, num_classes)`; `num_classes` is the null class, which in
+                training mode replaces a share `class_dropout_prob` of them.
+            codes: `(batch, height, width, depth)` integers in `[0, vocab_size)`.
+            labels: the targets, same shape; -100 leaves a code out of the loss.
+
+        Raises:
+            ValueError: shapes that do not fit each other or the configuration.
+        """
+        config = self.config
+        grid = (*config.grid_size, config.code_depth)
+        if codes.ndim != 4 or tuple(codes.shape[1:]) != grid:
+            raise ValueError(f"`codes` must be (batch, {', '.join(map(str, grid))}), got shape {tuple(codes.shape)}.")
+        if class_labels.shape != codes.shape[:1]:
+            raise ValueError(f"`class_labels` must be ({len(codes)},), got shape {tuple(class_labels.shape)}.")
+        if labels is not None and labels.shape != codes.shape:
+            raise ValueError(f"`labels` must have the shape of `codes`, got {tuple(labels.shape)}.")
+
+        if self.training and config.has_null_class:
+            dropped = torch.rand(class_labels.shape, device=class_labels.device) < config.class_dropout_prob
+            class_labels = class_labels.masked_fill(dropped, config.num_classes)
+        codes_BLD = codes.flatten(1, 2)
+        tokens_BLC = self.embed_tokens(codes_BLD[:, :-1]).sum(2)
+        hidden_BLC = self.embedding_dropout(torch.cat([self.embed_classes(class_labels)[:, None], tokens_BLC], dim=1))
+        mask = create_causal_mask(config, inputs_embeds=hidden_BLC, attention_mask=None, past_key_values=None)
+        rotary = self.rotary_embeddings(hidden_BLC.device, hidden_BLC.dtype)
+
+        logits = []
+
+        def teach(k: int, logits_BLV: Tensor) -> Tensor:
+            logits.append(logits_BLV)
+            return codes_BLD[..., k]
+
+        self.run_layers(hidden_BLC, teach, position_embeddings=rotary, attention_mask=mask)
+
+        loss = depth_losses = None
+        if labels is not None:
+            targets = labels.flatten(1, 2).flatten(0, 1).unbind(-1)
+            sums = [
+                F.cross_entropy(logits_BLV.flatten(0, 1).float(), target, reduction="sum")
+                for logits_BLV, target in zip(logits, targets)
+            ]
+            sums, counts = torch.stack(sums), (torch.stack(targets) != -100).sum(1)
+            loss, depth_losses = sums.sum() / counts.sum(), sums / counts
+        output = DnDOutput(loss=loss, depth_losses=depth_losses, logits=torch.stack(logits, dim=2))
+        return output.to_tuple() if return_dict is False else output
+
+    def run_layers(self, hidden_BLC: Tensor, choose: Callable[[int, Tensor], Tensor], **attention_kwargs) -> None:
+        """The DnD forward pass, the same in training and generation (Section 3.2).
+
+        `choose(k, logits_BLV)` receives the logits of head k and returns the codes `(B, L)` of that depth: the true
+        ones in training, sampled ones in generation. Layers above the last head are not run.
+        """
+        config = self.config
+        for index, layer in enumerate(self.layers[: config.prediction_layers[-1] + 1]):
+            hidden_BLC = layer(hidden_BLC, **attention_kwargs)
+            for k in (k for k, at in enumerate(config.prediction_layers) if at == index):
+                head = self.heads[0 if config.tie_prediction_heads else k]
+                codes_BL = choose(k, head(self.norms[k](hidden_BLC)))
+                if config.depth_mode == "dnd" and k < config.code_depth - 1:
+                    hidden_BLC = hidden_BLC + self.embed_tokens(codes_BL)
+
+    def rotary_embeddings(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `(1, L, head_dim)` of the 2D rotary positions, in transformers' half-split layout.
+
+        The first half of the rotary pairs turns with the row, the second with the column. Token 0, the class, has
+        cosine and sine 0 (its query and key vanish, as in the released models); token i >= 1 stands for cell i - 1.
+        Computed where it is used: a buffer that is not saved would be lost in `from_pretrained`.
+        """
+        height, width = self.config.grid_size
+        half = self.config.head_dim // 2
+        exponents = torch.arange(0, half, 2, device=device, dtype=torch.float32) / half
+        frequencies = 1 / self.config.rope_theta**exponents
+        cells = torch.arange(height * width - 1, device=device)
+        angles = torch.cat([torch.outer(cells // width, frequencies), torch.outer(cells % width, frequencies)], dim=1)
+        angles = torch.cat([angles, angles], dim=1)
+        cos, sin = (F.pad(table, (0, 0, 1, 0))[None].to(dtype) for table in (angles.cos(), angles.sin()))
+        return cos, sin

@@ -1,0 +1,189 @@
+"""Residual vector quantization: nearest codes, EMA codebooks, restarts of unused codes."""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+# Elements of the (vectors x codebook) distance matrix that are held at a time: 64 MB of float32.
+DISTANCE_CHUNK = 2**24
+
+
+@torch.no_grad()
+def nearest_codes(vectors: Tensor, codebook: Tensor, chunk_elements: int = DISTANCE_CHUNK) -> Tensor:
+    """The index of the nearest codebook entry (Euclidean) of each vector.
+
+    Distances are computed in float32, `chunk_elements` at a time. Where float32 rounding could decide between two
+    entries, that vector is searched again in float64, so the answer is that of an exact search and depends neither on
+    the other vectors nor on the chunk size, unless two exact distances agree to float64 rounding.
+
+    Args:
+        vectors: `(n, dim)`, any floating dtype.
+        codebook: `(num_codes, dim)` float32.
+        chunk_elements: memory bound of one chunk of distances, in elements.
+
+    Returns:
+        `(n,)` int64 in `[0, num_codes)`.
+    """
+    num_codes, dim = codebook.shape
+    codebook = codebook.float()
+    with torch.autocast(vectors.device.type, enabled=False):
+        # |v - c|^2 without |v|^2, which is the same for every entry: |c|^2 - 2 v.c
+        squared_norms = codebook.square().sum(1)
+        largest_norm = squared_norms.max().sqrt()
+        codes = vectors.new_empty(len(vectors), dtype=torch.int64)
+        rows = max(1, chunk_elements // num_codes)
+        for start in range(0, len(vectors), rows):
+            chunk = vectors[start : start + rows].float()
+            scores = torch.addmm(squared_norms, chunk, codebook.T, alpha=-2)
+            best, chunk_codes = scores.min(1)
+            # Each score is within (dim + 2) * 2^-24 * (|c|^2 + 2 |v||c|) of its exact value; two can swap within twice that.
+            margin = (dim + 2) * 2.0**-23 * largest_norm * (largest_norm + 2 * chunk.norm(dim=1))
+            doubtful = ((scores <= (best + margin)[:, None]).sum(1) > 1).nonzero().squeeze(1)
+            if len(doubtful):
+                exact = codebook.double()
+                exact_norms = exact.square().sum(1)
+                for part in doubtful.split(max(1, rows // 4)):
+                    scores = torch.addmm(exact_norms, chunk[part].double(), exact.T, alpha=-2)
+                    chunk_codes[part] = scores.argmin(1)
+            codes[start : start + rows] = chunk_codes
+    return codes
+
+
+class ResidualQuantizer(nn.Module):
+    """Residual quantizer of RQ-VAE (arXiv 2203.01941, Section 3.1) with exponential-moving-average codebooks.
+
+    `r_0 = v;  q_k = nearest(r_{k-1});  r_k = r_{k-1} - q_k`; the sum of the `q_k` approximates `v`.
+
+    The codebooks are buffers, not parameters, and stay float32 whatever dtype the model is cast to. A forward pass in
+    training mode updates them once from the vectors of all depths: counts and sums are added over all processes, so
+    every process holds the same codebook. A code whose moving count falls below one is restarted, together with its
+    moving averages, from a vector of the global batch.
+
+    Args:
+        num_codes: size N of each codebook.
+        dim: length of a code vector.
+        depth: number of residual codes d of one vector.
+        shared: one codebook for all depths, or one each.
+        decay: EMA decay of the codebook, in [0, 1).
+        restart_unused_codes: whether codes that are no longer used are restarted.
+    """
+
+    epsilon = 1e-5  # Laplace smoothing of the cluster sizes
+
+    def __init__(
+        self,
+        num_codes: int,
+        dim: int,
+        depth: int,
+        shared: bool = True,
+        decay: float = 0.99,
+        restart_unused_codes: bool = True,
+    ):
+        super().__init__()
+        for name, value in (("num_codes", num_codes), ("dim", dim), ("depth", depth)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if not 0 <= decay < 1:
+            raise ValueError(f"`decay` must lie in [0, 1), got {decay}.")
+        self.num_codes, self.dim, self.depth, self.shared = num_codes, dim, depth, shared
+        self.decay, self.restart_unused_codes = decay, restart_unused_codes
+        num_codebooks = 1 if shared else depth
+        self.register_buffer("codebooks", torch.randn(num_codebooks, num_codes, dim))
+        self.register_buffer("cluster_sizes", torch.ones(num_codebooks, num_codes))
+        self.register_buffer("embedding_sums", self.codebooks.clone())
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+
+    def _apply(self, fn, recurse=True):
+        # A codebook rounded to half precision gives other codes: follow the device, never the dtype.
+        def keep_dtype(tensor):
+            moved = fn(tensor.flatten()[:0])
+            return fn(tensor) if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def codebook(self, depth: int) -> Tensor:
+        """The `(num_codes, dim)` codebook of a 0-based depth."""
+        return self.codebooks[0 if self.shared else depth]
+
+    @torch.no_grad()
+    def encode(self, vectors: Tensor) -> Tensor:
+        """Residual codes of vectors `(..., dim)`: int64 `(..., depth)`, greedy depth by depth."""
+        residual = vectors.detach().reshape(-1, self.dim).float()
+        codes = []
+        for k in range(self.depth):
+            codes.append(nearest_codes(residual, self.codebook(k)))
+            residual = residual - F.embedding(codes[-1], self.codebook(k))
+        return torch.stack(codes, dim=-1).view(*vectors.shape[:-1], self.depth)
+
+    def decode(self, codes: Tensor, depth: int | None = None) -> Tensor:
+        """The float32 sum `(..., dim)` of the first `depth` (default: all) code vectors of `(..., depth)` codes."""
+        return sum(F.embedding(codes[..., k], self.codebook(k)) for k in range(depth or codes.shape[-1]))
+
+    def forward(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantizes vectors `(..., dim)`; in training mode the codebooks are updated afterwards.
+
+        Returns:
+            The quantized vectors (same shape and dtype; the gradient passes straight through to `vectors`), the codes
+            `(..., depth)`, and the scalar commitment loss: the mean over k of the mean squared difference between the
+            vectors and the sum of their first k code vectors (arXiv 2203.01941, Eq. 6, per element).
+        """
+        codes = self.encode(vectors)
+        partial, loss, exact = 0, 0, vectors.float()
+        for k in range(self.depth):
+            partial = partial + F.embedding(codes[..., k], self.codebook(k))
+            loss = loss + F.mse_loss(exact, partial)
+        quantized = vectors + (partial - exact).detach().to(vectors.dtype)
+        if self.training:
+            self._update(exact.detach().reshape(-1, self.dim), codes.reshape(-1, self.depth))
+        return quantized, codes, loss / self.depth
+
+    @torch.no_grad()
+    def _update(self, vectors: Tensor, codes: Tensor) -> None:
+        counts, sums = torch.zeros_like(self.cluster_sizes), torch.zeros_like(self.embedding_sums)
+        residual = vectors
+        for k in range(self.depth):
+            book = 0 if self.shared else k
+            counts[book] += torch.bincount(codes[:, k], minlength=self.num_codes)
+            sums[book].index_add_(0, codes[:, k], residual)
+            residual = residual - F.embedding(codes[:, k], self.codebook(k))
+        if dist.is_initialized():
+            dist.all_reduce(counts)
+            dist.all_reduce(sums)
+        self.cluster_sizes.lerp_(counts, 1 - self.decay)
+        self.embedding_sums.lerp_(sums, 1 - self.decay)
+        if self.restart_unused_codes:
+            for book in range(len(self.codebooks)):
+                self._restart(book, vectors, codes)
+        totals = self.cluster_sizes.sum(1, keepdim=True)
+        smoothed = totals * (self.cluster_sizes + self.epsilon) / (totals + self.num_codes * self.epsilon)
+        self.codebooks.copy_(self.embedding_sums / smoothed[..., None])
+        self.num_updates += 1
+
+    def _restart(self, book: int, vectors: Tensor, codes: Tensor) -> None:
+        unused = (self.cluster_sizes[book] < 1).nonzero().squeeze(1)
+        if not len(unused):
+            return
+        # Candidates are the residuals of all depths that this codebook serves, in the batch of all processes. Every
+        # process draws the same ones (the seed is the update count) and contributes those it owns.
+        depths = self.depth if self.shared else 1
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        owned = len(vectors) * depths
+        generator = torch.Generator().manual_seed(int(self.num_updates) * len(self.codebooks) + book)
+        draws = torch.randperm(owned * world_size, generator=generator)
+        draws = draws.repeat(-(-len(unused) // len(draws)))[: len(unused)].to(vectors.device)
+        mine = draws // owned == rank
+        position, depth = (draws % owned) // depths, (draws % depths if self.shared else torch.full_like(draws, book))
+        chosen = vectors[position]
+        for k in range(self.depth - 1):
+            step = F.embedding(codes[position, k], self.codebook(k))
+            chosen = chosen - step * (depth > k)[:, None]
+        chosen = chosen * mine[:, None]
+        if dist.is_initialized():
+            dist.all_reduce(chosen)
+        if len(unused) > owned * world_size:  # vectors drawn twice must not make equal codes
+            noise = torch.rand(chosen.shape, generator=generator).to(chosen.device)
+            chosen = chosen + noise * 0.01 * chosen.std() / self.dim**0.5
+        self.embedding_sums[book, unused] = chosen
+        self.cluster_sizes[book, unused] = 1

@@ -1,0 +1,1 @@
+"""What the training scripts share: arguments, losses, optimizer groups, data order, checkpoints, reports."""

@@ -1,0 +1,62 @@
+"""The order of training data: sample i of a run depends on the seed and i alone, so a run can resume anywhere."""
+
+from functools import lru_cache
+
+import torch
+from torch.utils.data import Dataset, Subset
+
+
+class TrainingStream(Dataset):
+    """All samples of a training run, epoch after epoch, as one map-style dataset to be read in order.
+
+    Sample i is item `i % len(dataset)` of the shuffle of its epoch, and its random augmentation has a seed of its own.
+    Resuming is therefore to start at another sample, whatever the number of processes or workers.
+
+    Args:
+        dataset: map-style; random choices come from torch's global generator.
+        num_samples: length of the stream.
+        seed: of the shuffles and the augmentation.
+        first_sample: where the stream starts, counted from the start of the run.
+    """
+
+    def __init__(self, dataset: Dataset, num_samples: int, seed: int, first_sample: int = 0):
+        if not len(dataset):
+            raise ValueError("the training data set is empty.")
+        self.dataset, self.num_samples, self.seed, self.first_sample = dataset, num_samples, seed, first_sample
+
+    def __len__(self) -> int:
+        return self.num_samples - self.first_sample
+
+    def __getitem__(self, index: int) -> dict:
+        sample = self.first_sample + index
+        epoch, position = divmod(sample, len(self.dataset))
+        item = shuffled(len(self.dataset), (self.seed << 32) + epoch)[position]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((self.seed << 32) + sample)
+            return self.dataset[int(item)]
+
+
+@lru_cache(maxsize=2)
+def shuffled(length: int, seed: int) -> torch.Tensor:
+    """A random order of `range(length)`."""
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed))
+
+
+def hold_out(dataset: Dataset, num_items: int, seed: int, group_size: int = 1) -> tuple[Subset, Subset]:
+    """Splits a dataset at random into (the rest, at least `num_items` held-out items).
+
+    Args:
+        dataset: map-style.
+        num_items: how many items to hold out.
+        seed: of the draw.
+        group_size: this many neighbouring items (the crops of one picture) stay together.
+
+    Raises:
+        ValueError: nothing would be left to train on.
+    """
+    groups = -(-num_items // group_size)
+    if groups * group_size >= len(dataset):
+        raise ValueError(f"cannot hold {num_items} items out of a data set of {len(dataset)}.")
+    order = shuffled(len(dataset) // group_size, seed)
+    items = (order[:, None] * group_size + torch.arange(group_size)).flatten().tolist()
+    return Subset(dataset, items[groups * group_size :]), Subset(dataset, items[: groups * group_size])

@@ -1,0 +1,196 @@
+"""Trains the tokenizer: an RQVAE on any pictures, alone or on several GPUs, with LPIPS and a GAN loss where asked.
+
+python examples/train_rqvae.py --dataset_name words --sample_size 32 128 --block_out_channels 16 32 64 128 \
+    --norm_num_groups 16 --layers_per_block 1 --latent_channels 64 --num_vq_embeddings 512 --code_depth 4 \
+    --output_dir rqvae-words
+
+The paper's tokenizer (arXiv 2410.01912): `--sample_size 256 --lpips_weight 1 --gan_weight 0.75` and the default shape,
+with `accelerate launch` and 256 pictures a step.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from transformers.hf_argparser import HfArg
+
+from dnd_hf import RQVAE
+from dnd_hf.data.images import ImageTransform, as_size, check_stride, collate_images, to_images
+from dnd_hf.training.arguments import TrainingArguments, parse_arguments
+from dnd_hf.training.data_order import hold_out
+from dnd_hf.training.discriminator import PatchDiscriminator
+from dnd_hf.training.losses import PerceptualLoss, adaptive_weight, hinge_discriminator_loss, hinge_generator_loss
+from dnd_hf.training.reports import save_image_grid
+from dnd_hf.training.run import TrainingRun
+
+
+@dataclass
+class RQVAEArguments(TrainingArguments):
+    """Options of this script; all can also stand in a YAML file given as `--config`."""
+
+    pretrained_vqvae: str | None = HfArg(
+        default=None, help="Fine-tune this tokenizer (folder or Hub id); its shape replaces the options of the model."
+    )
+    sample_size: list[int] = HfArg(default_factory=lambda: [256], help="Height and width in pixels, or one for both.")
+    block_out_channels: list[int] = HfArg(
+        default_factory=lambda: [128, 128, 256, 256, 512],
+        help="Channels of each level, highest resolution first; the stride is 2 ^ (levels - 1).",
+    )
+    layers_per_block: int = HfArg(default=2, help="Residual blocks of an encoder level; the decoder has one more.")
+    latent_channels: int = HfArg(default=256, help="Channels between encoder and quantizer.")
+    vq_embed_dim: int | None = HfArg(default=None, help="Length of a code vector; default: latent_channels.")
+    num_vq_embeddings: int = HfArg(default=16384, help="Codebook size.")
+    code_depth: int = HfArg(default=2, help="Residual codes of a position.")
+    shared_codebook: bool = HfArg(default=True, help="One codebook for all depths.")
+    codebook_decay: float = HfArg(default=0.99, help="EMA decay of the codebook.")
+    norm_num_groups: int = HfArg(default=32, help="Groups of the group normalisations.")
+    mid_block_add_attention: bool = HfArg(default=True, help="Attention in the middle blocks.")
+
+    commitment_weight: float = HfArg(default=0.25, help="Weight of the commitment loss.")
+    lpips_weight: float = HfArg(default=0.0, help="Weight of LPIPS, which needs `lpips`; the paper's is 1.0.")
+    gan_weight: float = HfArg(default=0.0, help="Weight of the PatchGAN hinge loss; the paper's is 0.75.")
+    gan_start_step: int = HfArg(default=0, help="Step at which the GAN loss and its discriminator start.")
+    discriminator_layers: int = HfArg(default=3, help="Convolutions of stride 2 in the discriminator.")
+    learning_rate: float = HfArg(default=1e-4, help="Peak learning rate; the paper's is 4e-5 at 256 pictures a step.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.dataset_name is None:
+            raise ValueError("--dataset_name is needed: `words`, a data set on the Hub, or a folder.")
+        as_size(self.sample_size)
+        for name in ("commitment_weight", "lpips_weight", "gan_weight", "gan_start_step"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}.")
+
+    def make_vae(self) -> RQVAE:
+        """The tokenizer to train: new, or `pretrained_vqvae`."""
+        if self.pretrained_vqvae:
+            return RQVAE.from_pretrained(self.pretrained_vqvae, low_cpu_mem_usage=False)
+        return RQVAE(
+            sample_size=as_size(self.sample_size),
+            block_out_channels=tuple(self.block_out_channels),
+            layers_per_block=self.layers_per_block,
+            latent_channels=self.latent_channels,
+            vq_embed_dim=self.vq_embed_dim,
+            num_vq_embeddings=self.num_vq_embeddings,
+            code_depth=self.code_depth,
+            shared_codebook=self.shared_codebook,
+            ema_decay=self.codebook_decay,
+            commitment_weight=self.commitment_weight,
+            norm_num_groups=self.norm_num_groups,
+            mid_block_add_attention=self.mid_block_add_attention,
+        )
+
+
+def validate(accelerator: Accelerator, vae: RQVAE, dataset: Dataset, batch_size: int) -> dict[str, float]:
+    """Reconstruction error with the first k codes, and use of the codebook, for each depth k, on the whole data set.
+
+    The L2 error is the mean squared difference of pixels in [-1, 1]. Usage is the part of the codebook that occurs at
+    all, perplexity the exponential of the codes' entropy.
+    """
+    depth, vocab_size = vae.config.code_depth, vae.config.num_vq_embeddings
+    errors = torch.zeros(depth, device=accelerator.device)
+    counts = torch.zeros(depth, vocab_size, device=accelerator.device)
+    mine = Subset(dataset, range(accelerator.process_index, len(dataset), accelerator.num_processes))
+    for batch in DataLoader(mine, batch_size, collate_fn=collate_images):
+        images = batch["pixel_values"].to(accelerator.device)
+        codes = vae.encode(images).codes
+        for k in range(depth):
+            sample = vae.decode_codes(codes, depth=k + 1).sample.clamp(-1, 1)
+            errors[k] += F.mse_loss(sample, images) * len(images) / len(dataset)
+            counts[k] += codes[..., k].flatten().bincount(minlength=vocab_size)
+    errors, counts = accelerator.reduce(errors), accelerator.reduce(counts)
+    perplexity = torch.special.entr(counts / counts.sum(1, keepdim=True)).sum(1).exp()
+    usage = (counts > 0).float().mean(1)
+    metrics = {"psnr": (10 * torch.log10(4 / errors[-1])).item()}
+    for k in range(depth):
+        metrics[f"l2_depth_{k + 1}"] = errors[k].item()
+        metrics[f"usage_depth_{k + 1}"] = usage[k].item()
+        metrics[f"perplexity_depth_{k + 1}"] = perplexity[k].item()
+    return metrics
+
+
+def save_reconstructions(vae: RQVAE, images: Tensor, path: Path) -> None:
+    """One row a picture: the original, then the reconstruction from its first 1, 2, ... codes."""
+    images = images.to(vae.device)
+    codes = vae.encode(images).codes
+    columns = [images, *(vae.decode_codes(codes, depth=k + 1).sample for k in range(vae.config.code_depth))]
+    save_image_grid(to_images(torch.stack(columns, dim=1).flatten(0, 1)), len(columns), path)
+
+
+def main(args: RQVAEArguments) -> None:
+    run = TrainingRun(args)
+    accelerator = run.accelerator
+    set_seed(args.seed)
+    vae = args.make_vae()
+    size = as_size(vae.config.sample_size)
+    check_stride(size, vae.code_stride)
+    discriminator = PatchDiscriminator(args.discriminator_layers) if args.gan_weight else None
+    if discriminator and min(size) < discriminator.min_size:
+        raise ValueError(f"the discriminator needs pictures of at least {discriminator.min_size} pixels each way.")
+    perceptual_loss = PerceptualLoss().to(accelerator.device) if args.lpips_weight else None
+    dataset = args.load_images(args.train_transform(size))
+    train_set, held_out = hold_out(dataset, args.num_validation_images, args.seed)
+    validation_set = Subset(replace(dataset, transform=ImageTransform(size)), held_out.indices)
+    preview = collate_images([validation_set[i] for i in range(min(8, len(validation_set)))])["pixel_values"]
+
+    if args.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+    vae.train()
+    model, optimizer = run.prepare(vae, torch.optim.Adam(vae.parameters(), args.learning_rate, betas=(0.5, 0.9)))
+    trained = [model]
+    if discriminator:
+        adversary, adversary_optimizer = accelerator.prepare(
+            discriminator, torch.optim.Adam(discriminator.parameters(), args.learning_rate, betas=(0.5, 0.9))
+        )
+        trained.append(adversary)
+    run.resume()
+
+    def train_step(batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        images = batch["pixel_values"]
+        with accelerator.accumulate(*trained):
+            output = model(images)
+            reconstruction_loss = F.mse_loss(output.sample, images)
+            metrics = {"l2": reconstruction_loss, "commitment": output.commitment_loss}
+            if perceptual_loss:
+                metrics["lpips"] = perceptual_loss(output.sample, images)
+                reconstruction_loss = reconstruction_loss + args.lpips_weight * metrics["lpips"]
+            loss = reconstruction_loss + args.commitment_weight * output.commitment_loss
+            adversarial = discriminator and step >= args.gan_start_step
+            if adversarial:
+                # The bare discriminator, so that distributed training does not wait for its gradients here.
+                discriminator.requires_grad_(False)
+                generator_loss = hinge_generator_loss(discriminator(output.sample))
+                discriminator.requires_grad_(True)
+                weight = adaptive_weight(reconstruction_loss, generator_loss, vae.decoder.conv_out.weight)
+                loss = loss + args.gan_weight * weight * generator_loss
+                metrics |= {"generator": generator_loss, "adaptive_weight": weight}
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            if adversarial:
+                # One pass over both halves: distributed training allows one forward pass a backward pass.
+                logits = adversary(torch.cat([images, output.sample.detach()]))
+                metrics["discriminator"] = hinge_discriminator_loss(*logits.chunk(2))
+                accelerator.backward(metrics["discriminator"])
+                adversary_optimizer.step()
+                adversary_optimizer.zero_grad()
+        return {"loss": loss, **metrics}
+
+    def validate_and_show(step: int) -> dict[str, float]:
+        if accelerator.is_main_process:
+            save_reconstructions(vae, preview, run.output_dir / "samples" / f"step-{step}.png")
+        return validate(accelerator, vae, validation_set, args.train_batch_size)
+
+    run.loop(train_set, collate_images, train_step, validate_and_show, vae.save_pretrained, "vqvae")
+
+
+if __name__ == "__main__":
+    main(parse_arguments(RQVAEArguments))

@@ -1,0 +1,144 @@
+"""Rendered words: what a picture promises (size, contrast, room) and how the dataset numbers them."""
+
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dnd_hf.data import words
+from dnd_hf.data.words import FONT_FACES, MARGIN, MIN_CONTRAST, WORDS, WordImages, render_word
+
+
+def colours_of(picture):
+    """Background (the corner, which no text touches) and the colour furthest from it: the text's own, or nearly."""
+    pixels = np.asarray(picture).astype(int).reshape(-1, 3)
+    background = pixels[0]
+    return background, pixels[np.abs(pixels - background).sum(axis=1).argmax()]
+
+
+def test_there_are_100_distinct_sorted_words_of_3_to_8_lower_case_letters():
+    assert len(WORDS) == len(set(WORDS)) == 100
+    assert list(WORDS) == sorted(WORDS)
+    assert all(3 <= len(word) <= 8 and word.isascii() and word.isalpha() and word.islower() for word in WORDS)
+
+
+def test_no_two_words_differ_in_a_single_letter():
+    for i, word in enumerate(WORDS):
+        for other in WORDS[i + 1 :]:
+            if len(word) == len(other):
+                assert sum(a != b for a, b in zip(word, other, strict=True)) > 1, (word, other)
+
+
+def test_an_item_depends_on_seed_and_index_alone():
+    forward = [WordImages(50, seed=3)[i]["image"].tobytes() for i in range(50)]
+    dataset = WordImages(200, seed=3)
+    backward = [dataset[i]["image"].tobytes() for i in reversed(range(50))]
+    assert forward == backward[::-1]
+    assert len(set(forward)) == 50
+
+
+def test_another_seed_gives_other_pictures():
+    ones, others = WordImages(20, seed=0), WordImages(20, seed=1)
+    assert all(ones[i]["image"].tobytes() != others[i]["image"].tobytes() for i in range(20))
+
+
+def test_items_are_rgb_pictures_of_the_size_asked_for_with_an_int_label():
+    item = WordImages(1, height=48, width=160)[0]
+    assert isinstance(item["image"], Image.Image)
+    assert (item["image"].mode, item["image"].size) == ("RGB", (160, 48))
+    assert type(item["label"]) is int
+
+
+def test_labels_go_round_so_that_classes_are_balanced():
+    dataset = WordImages(300)
+    labels = [dataset[i]["label"] for i in range(len(dataset))]
+    assert labels == [i % 100 for i in range(300)]
+    assert dataset.class_names == WORDS
+
+
+def test_at_least_12_faces_are_listed_and_every_one_is_used(monkeypatch):
+    used = []
+    drawn = words._drawn
+    monkeypatch.setattr(words, "_drawn", lambda word, face: used.append(face) or drawn(word, face))
+    for i in range(400):
+        render_word("zebra", np.random.default_rng(i))
+    assert len(FONT_FACES) >= 12
+    assert set(used) == set(FONT_FACES)
+
+
+def test_every_face_draws_the_same_word_differently():
+    assert len({words._drawn("guitar", face).tobytes() for face in FONT_FACES}) == len(FONT_FACES)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 128), (16, 64), (64, 64), (40, 300)])
+def test_text_lies_wholly_inside_the_margin(height, width):
+    longest = sorted(WORDS, key=len)[-10:]
+    for i in range(200):
+        picture = render_word(longest[i % 10], np.random.default_rng(i), height, width)
+        pixels = np.asarray(picture)
+        outside = np.ones((height, width), bool)
+        outside[MARGIN:-MARGIN, MARGIN:-MARGIN] = False
+        assert (pixels[outside] == pixels[0, 0]).all()
+        assert (pixels != pixels[0, 0]).any()
+
+
+def test_text_reaches_every_row_and_column_inside_the_margin():
+    ink = np.zeros((32, 128), bool)
+    for i in range(2000):
+        pixels = np.asarray(render_word("house", np.random.default_rng(i)))
+        ink |= (pixels != pixels[0, 0]).any(axis=-1)
+    assert ink.any(axis=1)[MARGIN:-MARGIN].all()
+    assert ink.any(axis=0)[MARGIN:-MARGIN].all()
+
+
+def test_drawn_colours_differ_in_luma_by_the_promised_contrast_either_way_round():
+    rng = np.random.default_rng(0)
+    text, background = np.array([words._colours(rng) for _ in range(1000)]).transpose(1, 0, 2)
+    luma = (text - background) @ [0.299, 0.587, 0.114]
+    assert np.abs(luma).min() >= MIN_CONTRAST
+    assert 0.4 < (luma > 0).mean() < 0.6
+
+
+def test_the_contrast_is_seen_in_the_pictures():
+    dataset = WordImages(200)
+    for i in range(200):
+        background, text = colours_of(dataset[i]["image"])
+        assert abs((text - background) @ [0.299, 0.587, 0.114]) > 0.85 * MIN_CONTRAST  # thin strokes are anti-aliased
+
+
+def test_negative_indices_count_from_the_end_and_others_outside_are_errors():
+    dataset = WordImages(7)
+    assert dataset[-1]["image"].tobytes() == dataset[6]["image"].tobytes()
+    assert dataset[-7]["label"] == 0
+    for index in (7, -8):
+        with pytest.raises(IndexError, match=r"\[-7, 7\)"):
+            dataset[index]
+    assert len(list(dataset)) == len(dataset) == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_images": 0}, "num_images is 0; it must be at least 1"),
+        ({"num_images": 1, "seed": -1}, "seed is -1; it must be at least 0"),
+        ({"num_images": 1, "height": 15}, "height is 15; it must be at least 16"),
+        ({"num_images": 1, "width": 63}, "width is 63; it must be at least 64"),
+    ],
+)
+def test_a_bad_argument_is_named_with_its_value_and_what_is_allowed(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        WordImages(**arguments)
+
+
+def test_a_blank_word_is_refused():
+    with pytest.raises(ValueError, match="word is ' '"):
+        render_word(" ", np.random.default_rng(0))
+
+
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    words._font.cache_clear()
+    words._drawn.cache_clear()
+    with pytest.raises(ImportError, match=r'pip install "dnd-hf\[text\]"'):
+        render_word("zebra", np.random.default_rng(0))
