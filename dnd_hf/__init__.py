@@ -12,6 +12,7 @@ _PUBLIC = {
     "quantization": ("ResidualQuantizer",),
     "pipeline_dnd": ("DnDPipeline",),
     "checkpoints": ("bundled_checkpoint",),
+    "conversion": ("convert_rqvae", "convert_transformer"),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(_MODULE_OF)

@@ -68,6 +68,8 @@ class RQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         commitment_weight: factor of the commitment loss in the training loss.
         norm_num_groups: groups of the group normalisations.
         mid_block_add_attention: attention in the middle blocks.
+        normalize_codes: latent and code vectors are compared, and decoded, at unit length, as in LlamaGen's
+            tokenizers (arXiv 2406.06525, Section 2.1); depth 1 only.
 
     Raises:
         ValueError: lists of different lengths, or sizes the blocks cannot have.
@@ -100,6 +102,7 @@ class RQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         commitment_weight: float = 0.25,
         norm_num_groups: int = 32,
         mid_block_add_attention: bool = True,
+        normalize_codes: bool = False,
     ):
         super().__init__()
         levels = len(block_out_channels)
@@ -130,9 +133,12 @@ class RQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             shared_codebook,
             ema_decay,
             restart_unused_codes,
+            normalize_codes,
         )
         self.post_quant_conv = nn.Conv2d(vq_embed_dim, latent_channels, 1)
         self.decoder = Decoder(latent_channels, out_channels, up_block_types, **sizes)
+
+        self.apply(_initialize)
 
         self.stride = 2 ** (levels - 1)
         self.code_stride = tuple(self.stride * cells for cells in code_patch_size)
@@ -221,7 +227,8 @@ class RQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         rows, columns = self.config.code_patch_size
         batch, channels, height, width = latents.shape
         cells = latents.view(batch, channels, height // rows, rows, width // columns, columns)
-        return cells.permute(0, 2, 4, 3, 5, 1).reshape(batch, height // rows, width // columns, -1)
+        cells = cells.permute(0, 2, 4, 3, 5, 1).reshape(batch, height // rows, width // columns, -1)
+        return F.normalize(cells, dim=-1) if self.config.normalize_codes else cells
 
     def _from_cells(self, cells: Tensor) -> Tensor:
         rows, columns = self.config.code_patch_size
@@ -237,27 +244,34 @@ class RQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         return fn(x)
 
 
+def _initialize(module: nn.Module) -> None:
+    # Variance-preserving: PyTorch's default shrinks the signal by sqrt(3) at each convolution of the skip path, so that
+    # little of a picture reaches the codes of an untrained model (docs/results.md has the effect on training).
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+        nn.init.zeros_(module.bias)
+
+
 def _tiled(fn: Callable, x: Tensor, tile: tuple[int, int], scale: float) -> Tensor:
-    """Applies `fn`, which changes height and width by `scale`, to overlapping tiles and blends them linearly."""
-    spans = []
+    """Applies `fn`, which scales height and width by `scale`, to overlapping tiles and blends them linearly."""
+    unit = max(1, round(1 / scale))  # tiles start where `scale` gives whole numbers
+    starts = []
     for length, size in zip(x.shape[2:], tile):
-        size = min(size, length)
-        # Steps of three quarters of a tile, on a grid that `scale` maps to whole numbers; the last tile ends at the edge.
-        unit = round(1 / scale) if scale < 1 else 1
-        step = max(unit, size * 3 // 4 // unit * unit)
-        starts = [*range(0, length - size, step), length - size]
-        spans.append([(start, size) for start in starts])
-    output = weight = 0
-    for top, height in spans[0]:
-        for left, width in spans[1]:
-            part = fn(x[:, :, top : top + height, left : left + width])
-            if isinstance(output, int):
+        last = max(0, length - size)
+        step = max(unit, size * 3 // 4 // unit * unit)  # overlap by a quarter
+        starts.append([*range(0, last, step), last])
+    output = weight = None
+    for top in starts[0]:
+        for left in starts[1]:
+            part = fn(x[:, :, top : top + tile[0], left : left + tile[1]])
+            if output is None:
                 output = part.new_zeros(*part.shape[:2], *(round(length * scale) for length in x.shape[2:]))
                 weight = part.new_zeros(output.shape[2:])
             ramps = [1 - (torch.arange(n, device=x.device) * 2 + 1 - n).abs() / (n + 1) for n in part.shape[2:]]
-            window = (ramps[0][:, None] * ramps[1]).to(part.dtype)
-            area = (slice(round(top * scale), None), slice(round(left * scale), None))
-            area = tuple(slice(s.start, s.start + n) for s, n in zip(area, part.shape[2:]))
-            output[:, :, *area] += part * window
-            weight[area] += window
+            window = torch.outer(*ramps).to(part.dtype)
+            rows, columns = (
+                slice(round(start * scale), round(start * scale) + n) for start, n in zip((top, left), part.shape[2:])
+            )
+            output[:, :, rows, columns] += part * window
+            weight[rows, columns] += window
     return output / weight

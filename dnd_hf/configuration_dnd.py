@@ -87,19 +87,14 @@ class DnDConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "code_depth",
-            "num_classes",
-        ):
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "code_depth", "num_classes")
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for name in ("class_dropout_prob", "embedding_dropout", "residual_dropout", "mlp_dropout", "attention_dropout"):
-            self._check_share(name)
-        self._check_share("drop_path_rate")
+        shares = ("class_dropout_prob", "embedding_dropout", "residual_dropout", "mlp_dropout", "attention_dropout")
+        for name in (*shares, "drop_path_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
 
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -136,15 +131,11 @@ class DnDConfig(PreTrainedConfig):
         kwargs["num_labels"] = self.num_classes
         super().__post_init__(**kwargs)
 
-    def _check_share(self, name: str) -> None:
-        if not 0 <= getattr(self, name) < 1:
-            raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
-
     def _check_prediction_layers(self) -> None:
         layers = self.prediction_layers = list(self.prediction_layers)
         if len(layers) != self.code_depth:
             raise ValueError(f"`prediction_layers` must have `code_depth` ({self.code_depth}) entries, got {layers}.")
-        increasing = all(a < b for a, b in zip(layers, layers[1:]))
+        increasing = layers == sorted(set(layers))
         if not increasing or layers[0] < 0 or layers[-1] >= self.num_hidden_layers:
             raise ValueError(
                 f"`prediction_layers` must be strictly increasing within [0, {self.num_hidden_layers}), got {layers}."

@@ -89,7 +89,8 @@ class DnDGenerationMixin(GenerationMixin):
         guided = guidance_scale != 1
         if guided and not config.has_null_class:
             raise ValueError(
-                f"`guidance_scale` must be 1 for a model without a null class (`class_dropout_prob` 0), got {guidance_scale}."
+                "`guidance_scale` must be 1 for a model without a null class (`class_dropout_prob` 0), got"
+                f" {guidance_scale}."
             )
         if do_sample is None:
             do_sample = sampling.do_sample is not False
@@ -110,34 +111,29 @@ class DnDGenerationMixin(GenerationMixin):
         cache = self._allocate_cache(len(class_labels), token_BC.dtype)
         cos, sin = self.rotary_embeddings(token_BC.device, token_BC.dtype)
 
+        def choose(k: int, logits_BLV: Tensor) -> Tensor:
+            logits_BV = logits_BLV[:, -1].float()
+            if guided:
+                conditional, null = logits_BV.chunk(2)
+                logits_BV = null + (conditional - null) * guidance_scale
+            if do_sample:
+                codes_B = draw(filters[k](None, logits_BV), noise_BLD[:, cache.position, k])
+            else:
+                codes_B = logits_BV.argmax(-1)
+            codes_BLD[:, cache.position, k] = codes_B
+            return (codes_B.repeat(2) if guided else codes_B)[:, None]
+
         was_training = self.training
         self.eval()
         try:
             for position in range(length):
-                chosen = []
-
-                def choose(k: int, logits_BLV: Tensor) -> Tensor:
-                    logits_BV = logits_BLV[:, -1].float()
-                    if guided:
-                        conditional, null = logits_BV.chunk(2)
-                        logits_BV = null + (conditional - null) * guidance_scale
-                    if do_sample:
-                        codes_B = draw(filters[k](None, logits_BV), noise_BLD[:, position, k])
-                    else:
-                        codes_B = logits_BV.argmax(-1)
-                    codes_BLD[:, position, k] = codes_B
-                    chosen.append(torch.cat([codes_B, codes_B]) if guided else codes_B)
-                    return chosen[-1][:, None]
-
                 cache.position = position
+                rotary = cos[:, position, None], sin[:, position, None]
                 self.run_layers(
-                    token_BC[:, None],
-                    choose,
-                    position_embeddings=(cos[:, position, None], sin[:, position, None]),
-                    attention_mask=None,
-                    past_key_values=cache,
+                    token_BC[:, None], choose, position_embeddings=rotary, attention_mask=None, past_key_values=cache
                 )
-                token_BC = self.embed_tokens(torch.stack(chosen, dim=1)).sum(1)
+                token_BC = self.embed_tokens(codes_BLD[:, position]).sum(1)
+                token_BC = token_BC.repeat(2, 1) if guided else token_BC
                 if callback is not None:
                     callback(position, codes_BLD.view(batch, *config.grid_size, depth))
         finally:

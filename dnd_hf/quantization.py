@@ -38,7 +38,7 @@ def nearest_codes(vectors: Tensor, codebook: Tensor, chunk_elements: int = DISTA
             chunk = vectors[start : start + rows].float()
             scores = torch.addmm(squared_norms, chunk, codebook.T, alpha=-2)
             best, chunk_codes = scores.min(1)
-            # Each score is within (dim + 2) * 2^-24 * (|c|^2 + 2 |v||c|) of its exact value; two can swap within twice that.
+            # A score is off by up to (dim + 2) * 2^-24 * (|c|^2 + 2 |v||c|): two may swap within twice that.
             margin = (dim + 2) * 2.0**-23 * largest_norm * (largest_norm + 2 * chunk.norm(dim=1))
             doubtful = ((scores <= (best + margin)[:, None]).sum(1) > 1).nonzero().squeeze(1)
             if len(doubtful):
@@ -68,6 +68,8 @@ class ResidualQuantizer(nn.Module):
         shared: one codebook for all depths, or one each.
         decay: EMA decay of the codebook, in [0, 1).
         restart_unused_codes: whether codes that are no longer used are restarted.
+        normalize_codes: code vectors are scaled to unit length wherever they are used (LlamaGen, arXiv 2406.06525,
+            Section 2.1); vectors must then come with unit length, and the depth must be 1.
     """
 
     epsilon = 1e-5  # Laplace smoothing of the cluster sizes
@@ -80,6 +82,7 @@ class ResidualQuantizer(nn.Module):
         shared: bool = True,
         decay: float = 0.99,
         restart_unused_codes: bool = True,
+        normalize_codes: bool = False,
     ):
         super().__init__()
         for name, value in (("num_codes", num_codes), ("dim", dim), ("depth", depth)):
@@ -87,8 +90,10 @@ class ResidualQuantizer(nn.Module):
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         if not 0 <= decay < 1:
             raise ValueError(f"`decay` must lie in [0, 1), got {decay}.")
+        if normalize_codes and depth > 1:
+            raise ValueError(f"`depth` must be 1 with `normalize_codes` (residuals have no unit length), got {depth}.")
         self.num_codes, self.dim, self.depth, self.shared = num_codes, dim, depth, shared
-        self.decay, self.restart_unused_codes = decay, restart_unused_codes
+        self.decay, self.restart_unused_codes, self.normalize_codes = decay, restart_unused_codes, normalize_codes
         num_codebooks = 1 if shared else depth
         self.register_buffer("codebooks", torch.randn(num_codebooks, num_codes, dim))
         self.register_buffer("cluster_sizes", torch.ones(num_codebooks, num_codes))
@@ -105,7 +110,8 @@ class ResidualQuantizer(nn.Module):
 
     def codebook(self, depth: int) -> Tensor:
         """The `(num_codes, dim)` codebook of a 0-based depth."""
-        return self.codebooks[0 if self.shared else depth]
+        codebook = self.codebooks[0 if self.shared else depth]
+        return F.normalize(codebook, dim=-1) if self.normalize_codes else codebook
 
     @torch.no_grad()
     def encode(self, vectors: Tensor) -> Tensor:

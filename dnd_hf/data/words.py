@@ -38,24 +38,20 @@ FONT_FACES = (
     "DejaVuSerif-Bold",
     "DejaVuSerif-BoldItalic",
     "DejaVuSerif-Italic",
-    "STIXGeneral",
-    "STIXGeneralBol",
-    "STIXGeneralBolIta",
-    "STIXGeneralItalic",
 )
 """File names, without `.ttf`, of the faces in matplotlib's `fonts/ttf` that words are drawn in."""
 
 MIN_CONTRAST = 110
 """Least difference between the luma of text and background, on the 0..255 scale of Rec. 601 (Pillow's mode "L")."""
 
-MAX_TILT = 4.0
+MAX_TILT = 3.0
 """Largest rotation of a word, in degrees, to either side."""
 
 MARGIN = 2
 """Pixels along each edge of a picture that the text never touches."""
 
 _LUMA = np.array([0.299, 0.587, 0.114])
-_X_HEIGHT_SHARE = (0.28, 0.44)  # of the picture's height: 9 to 14 px of 32, what survives 8x8-pixel patches
+_X_HEIGHT_SHARE = (0.34, 0.44)  # of the picture's height: 11 to 14 px of 32, what survives 8x8-pixel patches
 _DRAWN_X_HEIGHT = 20  # words are drawn larger than they are shown, so that tilting them leaves no jagged edges
 _MIN_HEIGHT, _MIN_WIDTH = 16, 64
 
@@ -100,8 +96,8 @@ def _check_size(height: int, width: int) -> None:
 def render_word(word: str, rng: np.random.Generator, height: int = 32, width: int = 128) -> Image.Image:
     """Draws one word in a random face, size, place, tilt and pair of colours, on a uniform background.
 
-    The face is uniform over `FONT_FACES`; the tilt uniform within `MAX_TILT` degrees; the x-height uniform from 28 % to
-    44 % of the picture's height (9 to 14 px of 32), as far as the tilted word fits; the place uniform over the room
+    The face is uniform over `FONT_FACES`; the tilt uniform within `MAX_TILT` degrees; the x-height uniform from 34 % to
+    44 % of the picture's height (11 to 14 px of 32), as far as the tilted word fits; the place uniform over the room
     left inside `MARGIN`; the colours uniform RGB whose lumas differ by at least `MIN_CONTRAST`.
 
     Args:

@@ -13,6 +13,18 @@ from ..data.images import ImageDataset, ImageTransform, TenCrop, load_image_data
 
 Arguments = TypeVar("Arguments")
 
+POSITIVE_OPTIONS = (
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "max_train_steps",
+    "max_grad_norm",
+    "logging_steps",
+    "validation_steps",
+    "num_validation_images",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+)
+
 
 @dataclass
 class ImageArguments:
@@ -78,8 +90,7 @@ class TrainingArguments(ImageArguments):
     report_to: list[str] = HfArg(default_factory=list, help="Further trackers, e.g. tensorboard wandb.")
 
     def __post_init__(self):
-        positive = ["train_batch_size", "gradient_accumulation_steps", "max_train_steps", "logging_steps", "validation_steps", "num_validation_images", "checkpointing_steps", "checkpoints_total_limit", "max_grad_norm"]
-        for name in positive:
+        for name in POSITIVE_OPTIONS:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be positive, got {getattr(self, name)}.")
         if self.learning_rate is not None and self.learning_rate <= 0:

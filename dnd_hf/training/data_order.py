@@ -2,6 +2,7 @@
 
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
 
@@ -28,12 +29,19 @@ class TrainingStream(Dataset):
         return self.num_samples - self.first_sample
 
     def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index is {index}; it must be in [0, {len(self)})")
         sample = self.first_sample + index
         epoch, position = divmod(sample, len(self.dataset))
-        item = shuffled(len(self.dataset), (self.seed << 32) + epoch)[position]
+        item = shuffled(len(self.dataset), mixed_seed(self.seed, epoch))[position]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((self.seed << 32) + sample)
+            torch.manual_seed(mixed_seed(self.seed, epoch, position))
             return self.dataset[int(item)]
+
+
+def mixed_seed(*keys: int) -> int:
+    """A seed in [0, 2^32) that looks random in each of the keys; torch's CPU generator reads no more than 32 bits."""
+    return int(np.random.SeedSequence(keys).generate_state(1)[0])
 
 
 @lru_cache(maxsize=2)

@@ -50,7 +50,7 @@ class PerceptualLoss(nn.Module):
         try:
             import lpips
         except ImportError as error:
-            raise ImportError("the perceptual loss needs LPIPS: pip install lpips torchvision") from error
+            raise ImportError('the perceptual loss needs LPIPS: pip install "dnd-hf[lpips]"') from error
         self.network = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False).eval()
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:

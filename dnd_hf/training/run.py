@@ -9,15 +9,15 @@ from time import perf_counter
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
+from transformers import get_scheduler
 
 from .arguments import TrainingArguments
 from .checkpoints import find_checkpoint, list_checkpoints, save_checkpoint
-from .data_order import TrainingStream
+from .data_order import TrainingStream, mixed_seed
 from .optimization import averaged_weights
 from .reports import JsonlTracker, plot_training_curves
 
@@ -105,7 +105,7 @@ class TrainingRun:
         window, started = [], perf_counter()
         batches = self._batches(dataset, collate)
         for index, batch in enumerate(batches, start=step * args.gradient_accumulation_steps):
-            torch.manual_seed((args.seed << 32) + index * accelerator.num_processes + accelerator.process_index)
+            torch.manual_seed(mixed_seed(args.seed, index, accelerator.process_index))
             metrics = train_step(batch, step)
             window.append({name: value.detach() for name, value in metrics.items()})
             if not accelerator.sync_gradients:

@@ -1,0 +1,98 @@
+"""Fixtures of the whole suite: tiny models, a tiny tokenizer and a tiny pipeline, all random, nothing from the network."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test may need the network
+
+import pytest
+import torch
+
+
+NO_DROPOUT = dict(embedding_dropout=0.0, residual_dropout=0.0, mlp_dropout=0.0)
+
+
+@pytest.fixture
+def make_config():
+    """A function that makes a tiny DnDConfig without dropout; keyword arguments override its sizes."""
+    from dnd_hf import DnDConfig
+
+    def make(**overrides) -> DnDConfig:
+        sizes = dict(
+            vocab_size=11,
+            hidden_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=24,
+            grid_size=(2, 3),
+            code_depth=2,
+            num_classes=4,
+            **NO_DROPOUT,
+        )
+        return DnDConfig(**{**sizes, **overrides})
+
+    return make
+
+
+@pytest.fixture
+def make_model(make_config):
+    """A function that makes a tiny transformer in eval mode, every weight random: heads are zero otherwise."""
+    from dnd_hf import DnDForImageGeneration
+
+    def make(seed: int = 0, **overrides) -> DnDForImageGeneration:
+        model = DnDForImageGeneration(make_config(**overrides)).eval()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.4 * noise)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def make_inputs():
+    """A function that makes random class labels `(batch,)` and codes `(batch, height, width, depth)` of a model."""
+
+    def make(model, batch: int = 2, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        config, generator = model.config, torch.Generator().manual_seed(seed)
+        shape = (batch, *config.grid_size, config.code_depth)
+        labels = torch.randint(config.num_classes, (batch,), generator=generator)
+        return labels, torch.randint(config.vocab_size, shape, generator=generator)
+
+    return make
+
+
+@pytest.fixture
+def make_vae():
+    """A function that makes a tiny RQVAE (stride 2, 11 codes, depth 2) in eval mode, with random biases and codes."""
+    from dnd_hf import RQVAE
+
+    def make(seed: int = 0, **overrides) -> RQVAE:
+        sizes = dict(
+            block_out_channels=(8, 8),
+            layers_per_block=1,
+            latent_channels=4,
+            num_vq_embeddings=11,
+            sample_size=(4, 6),
+            norm_num_groups=4,
+        )
+        torch.manual_seed(seed)
+        return RQVAE(**{**sizes, **overrides}).eval()
+
+    return make
+
+
+@pytest.fixture
+def make_pipeline(make_model, make_vae):
+    """A function that makes a pipeline of the tiny models, its classes named; keywords go to the transformer."""
+    from dnd_hf import DnDPipeline
+
+    def make(**overrides) -> DnDPipeline:
+        names = {0: "tench, Tinca tinca", 1: "goldfish, Carassius auratus", 2: "great white shark", 3: "tiger shark"}
+        pipe = DnDPipeline(transformer=make_model(**{"id2label": names, **overrides}), vqvae=make_vae())
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make

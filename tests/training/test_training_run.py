@@ -1,0 +1,180 @@
+"""dnd_hf.training: a run is a function of its arguments, wherever it was interrupted."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers.training_utils import EMAModel
+from torch import nn
+from torch.utils.data import DataLoader, default_collate
+
+from dnd_hf.training.arguments import TrainingArguments, parse_arguments
+from dnd_hf.training.checkpoints import find_checkpoint, list_checkpoints
+from dnd_hf.training.data_order import TrainingStream, hold_out
+from dnd_hf.training.optimization import averaged_weights, weight_decay_groups
+from dnd_hf.training.reports import JsonlTracker, plot_training_curves, read_metrics
+from dnd_hf.training.run import TrainingRun
+
+
+class NoisyPoints(torch.utils.data.Dataset):
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        return {"x": index + torch.rand(3), "index": index}
+
+
+def train(output_dir: Path, **options) -> dict[str, torch.Tensor]:
+    """Trains a small network with dropout; returns its averaged weights as exported."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    settings = dict(
+        train_batch_size=2, gradient_accumulation_steps=2, max_train_steps=6, checkpointing_steps=2, validation_steps=6,
+        logging_steps=2, lr_warmup_steps=2, lr_scheduler="cosine", dataloader_num_workers=0,
+    )  # fmt: skip
+    run = TrainingRun(TrainingArguments(output_dir=str(output_dir), **{**settings, **options}))
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+    model, optimizer = run.prepare(network, torch.optim.Adam(network.parameters(), 0.01))
+    run.resume()
+
+    def train_step(batch, step):
+        with run.accelerator.accumulate(model):
+            loss = model(batch["x"]).square().mean()
+            run.accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        return {"loss": loss}
+
+    def export(folder):
+        folder.mkdir(exist_ok=True)
+        torch.save(network.state_dict(), folder / "weights.pt")
+
+    run.loop(NoisyPoints(), default_collate, train_step, lambda step: {"score": step}, export, "result")
+    return torch.load(output_dir / "weights.pt")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, num_workers):
+    whole = train(tmp_path / "whole")
+    resumed = train(tmp_path / "resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"),
+                    dataloader_num_workers=num_workers)  # fmt: skip
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_resuming_from_latest_repeats_no_line_of_the_metrics(tmp_path):
+    train(tmp_path, max_train_steps=4, checkpoints_total_limit=1)
+    assert [path.name for _, path in list_checkpoints(tmp_path)] == ["checkpoint-4"]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 5, "train/loss": 0.0}) + '\n{"step": 5, "cut o')
+    train(tmp_path, resume_from_checkpoint="latest")
+    steps = [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in line]
+    assert steps == [2, 4, 6]
+
+
+def test_a_run_does_not_overwrite_the_checkpoints_of_another(tmp_path):
+    train(tmp_path, max_train_steps=2)
+    with pytest.raises(ValueError, match="holds checkpoints"):
+        train(tmp_path)
+
+
+def test_a_checkpoint_holds_the_result_so_far(tmp_path):
+    final = train(tmp_path)
+    assert torch.equal(torch.load(tmp_path / "checkpoint-6" / "result" / "weights.pt")["0.weight"], final["0.weight"])
+    assert {line["validation/score"] for line in read_metrics(tmp_path / "metrics.jsonl") if len(line) == 2} == {6}
+    assert (tmp_path / "training_curves.png").exists()
+
+
+def test_unfinished_checkpoints_are_never_resumed_from(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-unfinished"):
+        (tmp_path / name).mkdir()
+    assert find_checkpoint(tmp_path, "latest") == (10, tmp_path / "checkpoint-10")
+    assert find_checkpoint(tmp_path, str(tmp_path / "checkpoint-9")) == (9, tmp_path / "checkpoint-9")
+    assert find_checkpoint(tmp_path, None) == find_checkpoint(tmp_path / "nothing", "latest") == (0, None)
+    with pytest.raises(ValueError, match="not a checkpoint folder"):
+        find_checkpoint(tmp_path, str(tmp_path / "checkpoint-unfinished"))
+
+
+def test_every_epoch_has_every_item_once_in_an_order_of_its_own():
+    stream = TrainingStream(NoisyPoints(), 21, seed=3)
+    epochs = [[stream[i]["index"] for i in range(start, start + 7)] for start in (0, 7, 14)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_a_sample_depends_on_the_seed_and_its_place_alone():
+    whole = [item["x"] for item in TrainingStream(NoisyPoints(), 20, seed=3)]
+    loader = DataLoader(TrainingStream(NoisyPoints(), 20, seed=3, first_sample=8), 4, num_workers=2)
+    assert torch.equal(torch.cat([batch["x"] for batch in loader]), torch.stack(whole[8:]))
+    assert not torch.equal(whole[0], TrainingStream(NoisyPoints(), 20, seed=4)[0]["x"])
+
+
+def test_reading_a_sample_leaves_torchs_generator_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    TrainingStream(NoisyPoints(), 7, seed=0)[2]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_held_out_items_are_whole_groups_and_nowhere_else():
+    rest, held_out = hold_out(range(30), 5, seed=0, group_size=3)
+    assert sorted([*rest.indices, *held_out.indices]) == list(range(30)) and len(held_out) == 6
+    assert {i // 3 for i in rest.indices}.isdisjoint(i // 3 for i in held_out.indices)
+    with pytest.raises(ValueError, match="cannot hold 30"):
+        hold_out(range(30), 30, seed=0)
+
+
+def test_matrices_and_embeddings_decay_and_vectors_and_frozen_parameters_do_not():
+    model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 2), nn.LayerNorm(2), nn.Linear(2, 2))
+    model[3].requires_grad_(False)
+    decayed, kept = weight_decay_groups(model, 0.05)
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.05, 0.0)
+    assert {id(p) for p in decayed["params"]} == {id(model[0].weight), id(model[1].weight)}
+    assert {id(p) for p in kept["params"]} == {id(model[1].bias), id(model[2].weight), id(model[2].bias)}
+
+
+def test_averaged_weights_keep_the_models_own_buffers_and_give_its_weights_back():
+    model = nn.BatchNorm1d(2).train()
+    ema = EMAModel(model.parameters(), 0.5)
+    with torch.no_grad():
+        model.weight.fill_(3)
+        model.running_mean.fill_(7)
+    with averaged_weights(ema, model):
+        assert model.weight.tolist() == [1, 1] and model.running_mean.tolist() == [7, 7] and not model.training
+    assert model.weight.tolist() == [3, 3] and model.training
+
+
+def test_a_new_run_starts_a_new_metrics_file(tmp_path):
+    tracker = JsonlTracker(tmp_path / "metrics.jsonl")
+    for _ in range(2):
+        tracker.start()
+        tracker.log({"loss": 0.5}, step=1)
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
+    plot_training_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_line_overrides_the_yaml_file(tmp_path):
+    (tmp_path / "run.yaml").write_text("seed: 3\nlearning_rate: 0.001\nreport_to: [wandb]\n")
+    args = parse_arguments(TrainingArguments, ["--config", str(tmp_path / "run.yaml"), "--seed", "4"])
+    assert (args.seed, args.learning_rate, args.report_to) == (4, 0.001, ["wandb"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--train_batch_size", "0"], "--train_batch_size must be positive"),
+        (["--ema_decay", "1"], "--ema_decay must lie in"),
+        (["--seed", "-1"], "--seed must lie in"),
+        (["--learning_rate", "0"], "--learning_rate must be positive"),
+        (["--config", "wrong.yaml"], "unknown options: sead"),
+    ],
+)
+def test_bad_arguments_end_the_program_with_a_message(tmp_path, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(tmp_path)
+    Path("wrong.yaml").write_text("sead: 3\n")
+    with pytest.raises(SystemExit):
+        parse_arguments(TrainingArguments, argv)
+    assert message in capsys.readouterr().err
