@@ -1,21 +1,35 @@
 """dnd_hf: the DnD-Transformer (arXiv 2410.01912) for transformers and diffusers."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
+from transformers import AutoConfig, AutoModel
+
+from .configuration_dnd import DnDConfig
+from .modeling_dnd import DnDForImageGeneration, DnDOutput
+
+
+if TYPE_CHECKING:
+    from .autoencoder_rqvae import RQVAE, RQVAEEncoderOutput, RQVAEOutput
+    from .checkpoints import bundled_checkpoint
+    from .conversion import convert_rqvae, convert_transformer
+    from .pipeline_dnd import DnDPipeline
+    from .quantization import ResidualQuantizer
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
-    "configuration_dnd": ("DnDConfig",),
-    "modeling_dnd": ("DnDForImageGeneration", "DnDOutput"),
+_LAZY = {
     "autoencoder_rqvae": ("RQVAE", "RQVAEEncoderOutput", "RQVAEOutput"),
     "quantization": ("ResidualQuantizer",),
     "pipeline_dnd": ("DnDPipeline",),
     "checkpoints": ("bundled_checkpoint",),
     "conversion": ("convert_rqvae", "convert_transformer"),
 }
-_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
-__all__ = sorted(_MODULE_OF)
+_MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
+__all__ = ["DnDConfig", "DnDForImageGeneration", "DnDOutput", *_MODULE_OF]
+
+AutoConfig.register(DnDConfig.model_type, DnDConfig)
+AutoModel.register(DnDConfig, DnDForImageGeneration)
 
 
 def __getattr__(name: str):
@@ -25,4 +39,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__all__})
