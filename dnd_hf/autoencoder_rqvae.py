@@ -200,8 +200,18 @@ class RQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         sample = self._decode(self._from_cells(self.quantizer.decode(codes, depth).to(self.dtype)))
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
-    def forward(self, images: Tensor, return_dict: bool = True) -> RQVAEOutput | tuple[Tensor, ...]:
-        """Reconstructs images `(batch, in_channels, H, W)`; in training mode the codebooks are updated."""
+    def forward(
+        self, images: Tensor, quantize: bool = True, return_dict: bool = True
+    ) -> RQVAEOutput | tuple[Tensor, ...]:
+        """Reconstructs images `(batch, in_channels, H, W)`; in training mode the codebooks are updated.
+
+        Without `quantize` the decoder gets the latents as they are, a warm-up of training: there are no codes then, the
+        commitment loss is 0, and the codebooks stay as they were.
+        """
+        if not quantize:
+            latents = self._encode(images)
+            output = RQVAEOutput(sample=self._decode(latents), codes=None, commitment_loss=latents.new_zeros(()))
+            return output if return_dict else output.to_tuple()
         quantized, codes, commitment_loss = self.quantizer(self._to_cells(self._encode(images)))
         output = RQVAEOutput(
             sample=self._decode(self._from_cells(quantized)), codes=codes, commitment_loss=commitment_loss

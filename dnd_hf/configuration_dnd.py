@@ -103,7 +103,7 @@ class DnDConfig(PreTrainedConfig):
                 f"`hidden_size` must be `num_attention_heads` ({self.num_attention_heads}) times a multiple of 4 (2D"
                 f" rotary positions), got {self.hidden_size}."
             )
-        if self.num_attention_heads % self.num_key_value_heads:
+        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_key_value_heads` must divide `num_attention_heads` ({self.num_attention_heads}), got"
                 f" {self.num_key_value_heads}."

@@ -295,7 +295,8 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, which must be there."""
         if name not in self.tensors:
-            raise ValueError(f"{self.path} must have the key `{self.official_name(name)}`, got {_some(self.tensors)}.")
+            found = _some([self.official_name(other) for other in self.tensors])
+            raise ValueError(f"{self.path} must have the key `{self.official_name(name)}`, got {found}.")
         return tuple(self.tensors[name].shape)
 
     def count(self, pattern: str) -> int:
@@ -329,11 +330,12 @@ def _read_checkpoint(path: str | os.PathLike, use_ema: bool) -> Checkpoint:
             f"{path} must have tensors under {', '.join(wrappers)} or at the top, got keys {_some(tensors)}."
         )
     tensors = {WRAPPER_PREFIX.sub("", name): tensor for name, tensor in tensors.items()}
-    args = content.get("args", {})
+    args = content.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
     return Checkpoint(
         path,
         {name: tensor for name, tensor in tensors.items() if not NOT_WEIGHTS.search(name)},
-        args if isinstance(args, dict) else vars(args),
+        args if isinstance(args, dict) else {},
         tuple(tensors["freqs_cis"].shape) if "freqs_cis" in tensors else None,
     )
 
@@ -541,9 +543,8 @@ def _load_transformer(checkpoint: Checkpoint, config: DnDConfig, dtype: torch.dt
     with torch.device("meta"):
         model = DnDForImageGeneration(config)
     _load(model, weights, checkpoint, dtype)
-    model.generation_config.update(
-        **PAPER_SAMPLING.get((config.hidden_size, config.code_depth, config.num_classes), {})
-    )
+    settings = PAPER_SAMPLING.get((config.hidden_size, config.code_depth, config.num_classes), {})
+    model.generation_config.update(**settings)
     return model
 
 
@@ -556,8 +557,8 @@ def _stacked_shape(config: DnDConfig) -> tuple[int, int]:
 
 
 def _swap_pairs(weight: Tensor, first: int, second: int) -> Tensor:
-    """Each head's rows `(first, second)` to `(second, first)`: rotary pairs lie side by side in the official code, half
-    a head apart in transformers."""
+    """Each head's rows `(first, second)` as `(second, first)`: the two of a rotary pair are neighbours in the official
+    code, and half a head apart in transformers."""
     return weight.view(-1, first, second, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 

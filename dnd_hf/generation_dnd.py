@@ -102,14 +102,15 @@ class DnDGenerationMixin(GenerationMixin):
         )
         if isinstance(generator, (list, tuple)) and len(generator) != batch:
             raise ValueError(f"`generator` must be one, or a list of one an image ({batch}), got {len(generator)}.")
-        noise_BLD = _uniform((batch, length, depth), generator, self.device) if do_sample else None
+        device = class_labels.device
+        noise_BLD = _uniform((batch, length, depth), generator, device) if do_sample else None
 
-        codes_BLD = torch.zeros(batch, length, depth, dtype=torch.int64, device=self.device)
+        codes_BLD = torch.zeros(batch, length, depth, dtype=torch.int64, device=device)
         if guided:
             class_labels = torch.cat([class_labels, torch.full_like(class_labels, config.num_classes)])
         token_BC = self.embed_classes(class_labels)
-        cache = self._allocate_cache(len(class_labels), token_BC.dtype)
-        cos, sin = self.rotary_embeddings(token_BC.device, token_BC.dtype)
+        cache = self._allocate_cache(len(class_labels), device, token_BC.dtype)
+        cos, sin = self.rotary_embeddings(device, token_BC.dtype)
 
         def choose(k: int, logits_BLV: Tensor) -> Tensor:
             logits_BV = logits_BLV[:, -1].float()
@@ -149,9 +150,10 @@ class DnDGenerationMixin(GenerationMixin):
         wrong = labels[(labels < 0) | (labels >= num_classes)].tolist()
         if wrong:
             raise ValueError(f"`class_labels` must lie in [0, {num_classes}), got {wrong}.")
-        return labels.to(self.device)
+        # Sequentially offloaded weights are on "meta" until a layer runs; the pipeline's labels are where it will run.
+        return labels if self.device.type == "meta" else labels.to(self.device)
 
-    def _allocate_cache(self, batch: int, dtype: torch.dtype) -> KeyValueCache:
+    def _allocate_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> KeyValueCache:
         config = self.config
         shape = (
             config.prediction_layers[-1] + 1,
@@ -162,9 +164,9 @@ class DnDGenerationMixin(GenerationMixin):
             config.head_dim,
         )
         storage = self._cache_storage
-        fits = storage is not None and storage.dtype == dtype and storage.device == self.device
+        fits = storage is not None and storage.dtype == dtype and storage.device == device
         if not fits or storage.shape[2] < batch:
-            storage = self._cache_storage = torch.empty(shape, dtype=dtype, device=self.device)
+            storage = self._cache_storage = torch.empty(shape, dtype=dtype, device=device)
         return KeyValueCache(storage[:, :, :batch])
 
 

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from .portable import portable_source
 
 
+COMPONENTS = {"transformer": ("modeling_dnd", "DnDForImageGeneration"), "vqvae": ("autoencoder_rqvae", "RQVAE")}
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 
 
@@ -80,9 +82,8 @@ class DnDPipeline(DiffusionPipeline):
         # Not the code in the folder, but this package (or the code that this class itself was loaded from).
         loaded = super().load_config(*args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
-        if __package__:
-            config["transformer"] = [f"{__package__}.modeling_dnd", "DnDForImageGeneration"]
-            config["vqvae"] = [f"{__package__}.autoencoder_rqvae", "RQVAE"]
+        for component, (module, class_name) in COMPONENTS.items():
+            config[component] = [import_module(f"{__package__}.{module}").__name__, class_name]
         return loaded
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
@@ -92,7 +93,7 @@ class DnDPipeline(DiffusionPipeline):
         index = json.loads(index_file.read_text(encoding="utf-8"))
         index["_class_name"] = ["pipeline", type(self).__name__]
         Path(save_directory, "pipeline.py").write_text(portable_source(type(self)), encoding="utf-8")
-        for component, module in (("transformer", "modeling_dnd"), ("vqvae", "autoencoder_rqvae")):
+        for component, (module, _) in COMPONENTS.items():
             model = getattr(self, component)
             model_class = type(getattr(model, "_orig_mod", model))  # of a compiled module, the original
             index[component] = [module, model_class.__name__]
@@ -162,7 +163,8 @@ class DnDPipeline(DiffusionPipeline):
             raise ValueError(
                 f"`num_images_per_label` must be a whole number, at least 1, got {num_images_per_label!r}."
             )
-        ids = torch.tensor(self._label_ids(class_labels)).repeat_interleave(num_images_per_label)
+        ids = torch.tensor(self._label_ids(class_labels), device=self._execution_device)
+        ids = ids.repeat_interleave(num_images_per_label)
 
         with self.progress_bar(total=self.transformer.config.sequence_length) as progress:
 
@@ -183,7 +185,7 @@ class DnDPipeline(DiffusionPipeline):
         if output_type == "codes":
             images = codes
         else:
-            samples = self.vqvae.decode_codes(codes.to(self._execution_device)).sample
+            samples = self.vqvae.decode_codes(codes).sample
             images = self.image_processor.postprocess(samples, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -196,7 +198,7 @@ class DnDPipeline(DiffusionPipeline):
             class_labels = 0
         if hasattr(class_labels, "tolist"):  # tensors and arrays
             class_labels = class_labels.tolist()
-        if isinstance(class_labels, (int, str)):
+        if isinstance(class_labels, (int, float, str)):
             class_labels = [class_labels]
         ids = [self.get_label_ids(label)[0] if isinstance(label, str) else label for label in class_labels]
         wrong = [label for label in ids if isinstance(label, bool) or not isinstance(label, int)]

@@ -52,6 +52,8 @@ class ConversionArguments:
             raise ValueError("--output_dir is needed.")
         if bool(self.to_original) == bool(self.transformer_checkpoint or self.rqvae_checkpoint):
             raise ValueError("Either --to_original, or --transformer_checkpoint and/or --rqvae_checkpoint is needed.")
+        if not self.transformer_checkpoint and (self.use_ema or self.prediction_layers or self.num_attention_heads):
+            raise ValueError("--use_ema, --prediction_layers, --num_attention_heads need --transformer_checkpoint.")
 
 
 def main(args: ConversionArguments) -> None:

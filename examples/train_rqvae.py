@@ -52,10 +52,16 @@ class RQVAEArguments(TrainingArguments):
     mid_block_add_attention: bool = HfArg(default=True, help="Attention in the middle blocks.")
 
     commitment_weight: float = HfArg(default=0.25, help="Weight of the commitment loss.")
+    quantizer_start_step: int = HfArg(
+        default=0,
+        help="Until this step the decoder sees the latents unquantized: a warm-up that fills the codes sooner.",
+    )
     lpips_weight: float = HfArg(default=0.0, help="Weight of LPIPS, which needs `lpips`; the paper's is 1.0.")
     gan_weight: float = HfArg(default=0.0, help="Weight of the PatchGAN hinge loss; the paper's is 0.75.")
     gan_start_step: int = HfArg(default=0, help="Step at which the GAN loss and its discriminator start.")
     discriminator_layers: int = HfArg(default=3, help="Convolutions of stride 2 in the discriminator.")
+    adam_beta1: float = HfArg(default=0.5, help="Adam's first decay; the paper's, made for GANs. Without one, 0.9.")
+    adam_beta2: float = HfArg(default=0.9, help="Adam's second decay; the paper's. Without a GAN, 0.99.")
     learning_rate: float = HfArg(default=1e-4, help="Peak learning rate; the paper's is 4e-5 at 256 pictures a step.")
 
     def __post_init__(self):
@@ -63,14 +69,14 @@ class RQVAEArguments(TrainingArguments):
         if self.dataset_name is None:
             raise ValueError("--dataset_name is needed: `words`, a data set on the Hub, or a folder.")
         as_size(self.sample_size)
-        for name in ("commitment_weight", "lpips_weight", "gan_weight", "gan_start_step"):
+        for name in ("commitment_weight", "lpips_weight", "gan_weight", "gan_start_step", "quantizer_start_step"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}.")
 
     def make_vae(self) -> RQVAE:
         """The tokenizer to train: new, or `pretrained_vqvae`."""
         if self.pretrained_vqvae:
-            return RQVAE.from_pretrained(self.pretrained_vqvae, low_cpu_mem_usage=False)
+            return RQVAE.from_pretrained(self.pretrained_vqvae)
         return RQVAE(
             sample_size=as_size(self.sample_size),
             block_out_channels=tuple(self.block_out_channels),
@@ -142,11 +148,12 @@ def main(args: RQVAEArguments) -> None:
     if args.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     vae.train()
-    model, optimizer = run.prepare(vae, torch.optim.Adam(vae.parameters(), args.learning_rate, betas=(0.5, 0.9)))
+    betas = (args.adam_beta1, args.adam_beta2)
+    model, optimizer = run.prepare(vae, torch.optim.Adam(vae.parameters(), args.learning_rate, betas=betas))
     trained = [model]
     if discriminator:
         adversary, adversary_optimizer = accelerator.prepare(
-            discriminator, torch.optim.Adam(discriminator.parameters(), args.learning_rate, betas=(0.5, 0.9))
+            discriminator, torch.optim.Adam(discriminator.parameters(), args.learning_rate, betas=betas)
         )
         trained.append(adversary)
     run.resume()
@@ -154,7 +161,7 @@ def main(args: RQVAEArguments) -> None:
     def train_step(batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         images = batch["pixel_values"]
         with accelerator.accumulate(*trained):
-            output = model(images)
+            output = model(images, quantize=step >= args.quantizer_start_step)
             reconstruction_loss = F.mse_loss(output.sample, images)
             metrics = {"l2": reconstruction_loss, "commitment": output.commitment_loss}
             if perceptual_loss:

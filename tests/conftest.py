@@ -1,12 +1,16 @@
-"""Fixtures of the whole suite: tiny models, a tiny tokenizer and a tiny pipeline, all random, nothing from the network."""
+"""Fixtures of the whole suite: tiny random models, tokenizers and pipelines, nothing from the network."""
 
 import os
-
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test may need the network
+import tempfile
 
 import pytest
 import torch
+
+
+# Before huggingface_hub is imported: no test needs the network, and code of saved pipelines leaves nothing behind.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+MODULES_CACHE = tempfile.TemporaryDirectory(prefix="dnd_hf_modules_")
+os.environ["HF_MODULES_CACHE"] = MODULES_CACHE.name
 
 
 NO_DROPOUT = dict(embedding_dropout=0.0, residual_dropout=0.0, mlp_dropout=0.0)

@@ -33,7 +33,7 @@ def test_rectangular_images_of_every_stride_become_codes_and_images_again(levels
     assert encoded.latents.shape == (2, 5, 2 * patch[0], 3 * patch[1])
     assert encoded.codes.shape == output.codes.shape == (2, 2, 3, 3)
     assert encoded.codes.dtype == torch.int64
-    assert 0 <= encoded.codes.min() and encoded.codes.max() < 11
+    assert encoded.codes.min() >= 0 and encoded.codes.max() < 11
     assert encoded.commitment_loss.shape == output.commitment_loss.shape == ()
     assert output.sample.shape == vae.decode_codes(encoded.codes).sample.shape == images.shape
 
@@ -78,9 +78,7 @@ def test_latents_are_the_convolutions_of_diffusers_in_order(make_vae):
     vae, images = make_vae(), random_images()
     latents = vae.quant_conv(vae.encoder(images))
     assert torch.equal(vae.encode(images).latents, latents)
-    assert torch.equal(
-        vae.decode(latents, force_not_quantize=True).sample, vae.decoder(vae.post_quant_conv(latents))
-    )
+    assert torch.equal(vae.decode(latents, force_not_quantize=True).sample, vae.decoder(vae.post_quant_conv(latents)))
 
 
 @torch.no_grad()

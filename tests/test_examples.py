@@ -22,7 +22,7 @@ from dnd_hf.training.reports import read_metrics
 REPOSITORY = Path(__file__).parents[1]
 ALONE = [sys.executable]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
-TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 WORDS = "--dataset_name words --num_train_images 40 --dataloader_num_workers 0"
 SHORT = "--max_train_steps 2 --train_batch_size 4 --num_validation_images 8 --logging_steps 1"

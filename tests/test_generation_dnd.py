@@ -234,9 +234,7 @@ def test_arguments_left_out_come_from_the_generation_config(make_model):
     back = dict(guidance_scale=2.0, temperature=1.0, top_k=0, top_p=1.0)
     assert torch.equal(model.generate([0, 1, 2], generator=generators(4, 5, 6), **back), unset)
     model.generation_config.do_sample = False
-    assert torch.equal(
-        model.generate([0, 1, 2]), model.generate([0, 1, 2], do_sample=False, guidance_scale=1.3)
-    )
+    assert torch.equal(model.generate([0, 1, 2]), model.generate([0, 1, 2], do_sample=False, guidance_scale=1.3))
 
 
 @pytest.mark.parametrize("class_dropout_prob", [0.1, 0.0])
@@ -285,7 +283,7 @@ def test_the_cache_is_not_saved_and_follows_the_dtype(make_model):
     assert not any("cache" in name for name in model.state_dict())
     codes = model.bfloat16().generate([0, 1], do_sample=False)
     assert model._cache_storage.dtype == torch.bfloat16
-    assert 0 <= codes.min() and codes.max() < 11
+    assert codes.min() >= 0 and codes.max() < 11
 
 
 @pytest.mark.parametrize(("scale", "rows"), [(1.0, 3), (2.0, 6), (0.0, 6)])

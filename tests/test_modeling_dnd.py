@@ -257,10 +257,15 @@ def test_each_dropout_acts_in_training_alone(name, make_model, make_inputs):
 def test_dropouts_stand_at_tokens_attention_output_and_mlp_output(make_model, make_inputs):
     model = make_model(embedding_dropout=0.1, residual_dropout=0.2, mlp_dropout=0.3).train()
     entered, left = {}, {}
+
+    def remember(name):
+        def hook(_, args, output):
+            entered[name], left[name] = args, output
+
+        return hook
+
     for name, module in model.named_modules():
-        module.register_forward_hook(
-            lambda _, args, output, name=name: (entered.update({name: args}), left.update({name: output})) and None
-        )
+        module.register_forward_hook(remember(name))
     labels, codes = make_inputs(model, batch=64)
     model(labels, codes)
     assert entered["embedding_dropout"][0].shape == (64, 6, 16)  # the class token is one of them
@@ -383,7 +388,9 @@ def test_a_model_is_the_same_after_saving(tied, make_model, make_inputs, tmp_pat
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     assert not any(tensor.is_meta for tensor in (*loaded.parameters(), *loaded.buffers()))
     assert torch.equal(loaded(labels, codes).logits, model(labels, codes).logits)
-    for ours, theirs in zip(model.rotary_embeddings("cpu", torch.float32), loaded.rotary_embeddings("cpu", torch.float32)):
+    for ours, theirs in zip(
+        model.rotary_embeddings("cpu", torch.float32), loaded.rotary_embeddings("cpu", torch.float32)
+    ):
         assert ours.isfinite().all() and torch.equal(ours, theirs)
     assert loaded.generation_config.guidance_scale == 3.5
     assert torch.equal(loaded.generate([0, 1], do_sample=False), model.generate([0, 1], do_sample=False))

@@ -74,6 +74,13 @@ def test_resuming_from_latest_repeats_no_line_of_the_metrics(tmp_path):
     assert steps == [2, 4, 6]
 
 
+@pytest.mark.parametrize(("schedule", "rates"), [("constant_with_warmup", [1, 1, 1]), ("linear", [1, 0.5, 0])])
+def test_the_learning_rate_follows_its_schedule(tmp_path, schedule, rates):
+    train(tmp_path, lr_scheduler=schedule)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["train/learning_rate"] / 0.01 for line in lines if "train/loss" in line] == pytest.approx(rates)
+
+
 def test_a_run_does_not_overwrite_the_checkpoints_of_another(tmp_path):
     train(tmp_path, max_train_steps=2)
     with pytest.raises(ValueError, match="holds checkpoints"):
