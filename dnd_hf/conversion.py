@@ -700,7 +700,7 @@ def _tokenizer_shape(checkpoint: Checkpoint) -> dict[str, Any]:
     """The arguments of [`RQVAE`] that the tensors tell."""
 
     def attention(block: str) -> str:
-        return "Attn" if f"{block}.attentions.0.to_q.weight" in checkpoint.tensors else ""
+        return "Attn" * any(name.startswith(f"{block}.attentions.") for name in checkpoint.tensors)
 
     levels = range(checkpoint.count(r"encoder\.down_blocks\.(\d+)\."))
     resnet = "encoder.down_blocks.{}.resnets.0.conv1.weight"
