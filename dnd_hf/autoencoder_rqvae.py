@@ -145,8 +145,8 @@ class RQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.use_slicing = False
         self.use_tiling = False
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-        self.tile_size = (height, width)  # pixels; tiles overlap by a quarter
-        self.grid_size = (height // self.code_stride[0], width // self.code_stride[1])
+        self.grid_size = tuple(max(1, size // step) for size, step in zip((height, width), self.code_stride))
+        self.tile_size = tuple(cells * step for cells, step in zip(self.grid_size, self.code_stride))  # pixels
 
     @apply_forward_hook
     def encode(self, images: Tensor, return_dict: bool = True) -> RQVAEEncoderOutput | tuple[Tensor, ...]:
@@ -256,7 +256,7 @@ class RQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
 def _initialize(module: nn.Module) -> None:
     # Variance-preserving: PyTorch's default shrinks the signal by sqrt(3) at each convolution of the skip path, so that
-    # little of a picture reaches the codes of an untrained model (docs/results.md has the effect on training).
+    # little of a picture reaches the codes of an untrained model.
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
         nn.init.zeros_(module.bias)

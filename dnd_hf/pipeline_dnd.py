@@ -92,6 +92,7 @@ class DnDPipeline(DiffusionPipeline):
         index_file = Path(save_directory, self.config_name)
         index = json.loads(index_file.read_text(encoding="utf-8"))
         index["_class_name"] = ["pipeline", type(self).__name__]
+        index.pop("_name_or_path", None)  # where it was loaded from is nobody's business
         Path(save_directory, "pipeline.py").write_text(portable_source(type(self)), encoding="utf-8")
         for component, (module, _) in COMPONENTS.items():
             model = getattr(self, component)

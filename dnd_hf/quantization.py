@@ -174,13 +174,13 @@ class ResidualQuantizer(nn.Module):
         # Candidates are the residuals of all depths that this codebook serves, in the batch of all processes. Every
         # process draws the same ones (the seed is the update count) and contributes those it owns.
         depths = self.depth if self.shared else 1
-        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        owned = len(vectors) * depths
+        first, total = _place_in_global_batch(vectors)
         generator = torch.Generator().manual_seed(int(self.num_updates) * len(self.codebooks) + book)
-        draws = torch.randperm(owned * world_size, generator=generator)
+        draws = torch.randperm(total * depths, generator=generator)
         draws = draws.repeat(-(-len(unused) // len(draws)))[: len(unused)].to(vectors.device)
-        mine = draws // owned == rank
-        position, depth = (draws % owned) // depths, (draws % depths if self.shared else torch.full_like(draws, book))
+        position, depth = draws // depths - first, (draws % depths if self.shared else torch.full_like(draws, book))
+        mine = (position >= 0) & (position < len(vectors))
+        position = position.clamp(0, len(vectors) - 1)
         chosen = vectors[position]
         for k in range(self.depth - 1):
             step = F.embedding(codes[position, k], self.codebook(k))
@@ -188,8 +188,18 @@ class ResidualQuantizer(nn.Module):
         chosen = chosen * mine[:, None]
         if dist.is_initialized():
             dist.all_reduce(chosen)
-        if len(unused) > owned * world_size:  # vectors drawn twice must not make equal codes
+        if len(unused) > total * depths:  # vectors drawn twice must not make equal codes
             noise = torch.rand(chosen.shape, generator=generator).to(chosen.device)
             chosen = chosen + noise * 0.01 * chosen.std() / self.dim**0.5
         self.embedding_sums[book, unused] = chosen
         self.cluster_sizes[book, unused] = 1
+
+
+def _place_in_global_batch(vectors: Tensor) -> tuple[int, int]:
+    """How many vectors the processes before this one hold, and how many all hold."""
+    if not dist.is_initialized():
+        return 0, len(vectors)
+    lengths = [vectors.new_tensor(len(vectors), dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, lengths[dist.get_rank()].clone())
+    lengths = [int(length) for length in lengths]
+    return sum(lengths[: dist.get_rank()]), sum(lengths)

@@ -201,7 +201,6 @@ def test_a_pipeline_saved_again_loads_both_ways_again(first, make_pipeline, tmp_
     for name in ("pipeline.py", "transformer/modeling_dnd.py", "vqvae/autoencoder_rqvae.py"):
         assert (tmp_path / "a" / name).read_text() == (tmp_path / "b" / name).read_text()
     before, after = (json.loads((tmp_path / name / "model_index.json").read_text()) for name in "ab")
-    after.pop("_name_or_path")  # diffusers writes where it was loaded from
     assert after == before
     shutil.rmtree(tmp_path / "a")
     assert_same(DnDPipeline.from_pretrained(tmp_path / "b"), pipe)

@@ -57,7 +57,7 @@ def evaluate_words(
     Args:
         pipeline: a `DnDPipeline` whose labels 0..99 are `WORDS`, sampled at its own defaults.
         num_images_per_word: pictures of each word, generated and real, at least 2 (a spread needs two).
-        seed: non-negative. Generated picture i has its own CPU generator, seeded `seed * n + i` for n pictures in all; the
+        seed: non-negative. Generated picture i has a CPU generator of its own, seeded `seed * n + i` of n in all; the
             real ones are `WordImages(n, seed=REAL_SEED + seed)`. The figures do not depend on `batch_size`.
         batch_size: pictures generated at once, at least 1.
         engine: reads the pictures; `RapidOCR()` when None.
