@@ -56,6 +56,9 @@ class RQVAEArguments(TrainingArguments):
         default=0,
         help="Until this step the decoder sees the latents unquantized: a warm-up that fills the codes sooner.",
     )
+    freeze_codes: bool = HfArg(
+        default=False, help="Train the decoder alone: codes, and a transformer trained on them, stay as they are."
+    )
     lpips_weight: float = HfArg(default=0.0, help="Weight of LPIPS, which needs `lpips`; the paper's is 1.0.")
     gan_weight: float = HfArg(default=0.0, help="Weight of the PatchGAN hinge loss; the paper's is 0.75.")
     gan_start_step: int = HfArg(default=0, help="Step at which the GAN loss and its discriminator start.")
@@ -69,6 +72,8 @@ class RQVAEArguments(TrainingArguments):
         if self.dataset_name is None:
             raise ValueError("--dataset_name is needed: `words`, a data set on the Hub, or a folder.")
         as_size(self.sample_size)
+        if self.freeze_codes and not self.pretrained_vqvae:
+            raise ValueError("--freeze_codes goes with --pretrained_vqvae: a new tokenizer has no codes to keep.")
         for name in ("commitment_weight", "lpips_weight", "gan_weight", "gan_start_step", "quantizer_start_step"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}.")
@@ -148,8 +153,12 @@ def main(args: RQVAEArguments) -> None:
     if args.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     vae.train()
+    if args.freeze_codes:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     betas = (args.adam_beta1, args.adam_beta2)
-    model, optimizer = run.prepare(vae, torch.optim.Adam(vae.parameters(), args.learning_rate, betas=betas))
+    model, optimizer = run.prepare(vae, torch.optim.Adam(parameters, args.learning_rate, betas=betas))
     trained = [model]
     if discriminator:
         adversary, adversary_optimizer = accelerator.prepare(
@@ -160,6 +169,8 @@ def main(args: RQVAEArguments) -> None:
 
     def train_step(batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         images = batch["pixel_values"]
+        if args.freeze_codes:
+            vae.quantizer.eval()
         with accelerator.accumulate(*trained):
             output = model(images, quantize=step >= args.quantizer_start_step)
             reconstruction_loss = F.mse_loss(output.sample, images)

@@ -74,6 +74,28 @@ def test_encode_decode_and_forward_tell_the_same_story(make_vae):
 
 
 @torch.no_grad()
+def test_unquantized_training_passes_latents_through_and_leaves_the_codebooks_alone(make_vae):
+    vae, images = make_vae().train(), random_images()
+    before = {name: buffer.clone() for name, buffer in vae.named_buffers()}
+    output = vae(images, quantize=False)
+    torch.testing.assert_close(
+        output.sample, vae.decode(vae.encode(images).latents, force_not_quantize=True).sample, rtol=0, atol=16 * EPS
+    )
+    assert output.codes is None and output.commitment_loss == 0
+    assert all(torch.equal(buffer, before[name]) for name, buffer in vae.named_buffers())
+
+
+def test_initial_convolutions_keep_the_variance_of_their_input():
+    vae = RQVAE(block_out_channels=(64, 64), num_vq_embeddings=8)
+    for name, module in vae.named_modules():
+        if isinstance(module, nn.Conv2d) and module.weight.numel() > 10_000:
+            fan_in = module.weight[0].numel()
+            # the sample variance of n normal values has a standard deviation of sqrt(2 / n)
+            tolerance = 5 * (2 / module.weight.numel()) ** 0.5
+            assert module.weight.var().item() * fan_in == pytest.approx(1, rel=tolerance), name
+            assert not module.bias.any()
+
+
 def test_latents_are_the_convolutions_of_diffusers_in_order(make_vae):
     vae, images = make_vae(), random_images()
     latents = vae.quant_conv(vae.encoder(images))

@@ -55,7 +55,10 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer(folder) -> Path:
     launch(
-        ALONE, "train_rqvae.py", f"{TOKENIZER} --gan_weight 0.75 --discriminator_layers 2 --output_dir rqvae", folder
+        ALONE,
+        "train_rqvae.py",
+        f"{TOKENIZER} --gan_weight 0.75 --discriminator_layers 2 --quantizer_start_step 1 --output_dir rqvae",
+        folder,
     )
     return folder / "rqvae"
 
@@ -92,8 +95,18 @@ def test_the_saved_tokenizer_has_the_averaged_weights_and_the_live_codebook(toke
     assert all(torch.equal(ours, average) for ours, average in zip(vae.parameters(), averages, strict=True))
     live = RQVAE.from_config(vae.config)
     live.load_state_dict(load_file(checkpoint / "model.safetensors"))
-    assert torch.equal(vae.quantizer.codebooks, live.quantizer.codebooks) and vae.quantizer.num_updates == 2
+    assert torch.equal(vae.quantizer.codebooks, live.quantizer.codebooks) and vae.quantizer.num_updates == 1
     assert not all(torch.equal(ours, theirs) for ours, theirs in zip(vae.parameters(), live.parameters()))
+
+
+def test_frozen_codes_train_the_decoder_alone(folder, tokenizer):
+    options = "--pretrained_vqvae rqvae --freeze_codes true --lr_warmup_steps 0 --output_dir rqvae-decoder"
+    launch(ALONE, "train_rqvae.py", f"{TOKENIZER} {options}", folder)
+    before, after = (
+        load_file(path / "diffusion_pytorch_model.safetensors") for path in (tokenizer, folder / "rqvae-decoder")
+    )
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder", "post_quant_conv"}
 
 
 def test_two_processes_train_the_same_codebook_and_weights(folder):

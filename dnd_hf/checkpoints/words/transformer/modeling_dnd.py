@@ -1,0 +1,608 @@
+"""DnDForImageGeneration of dnd_hf (Apache-2.0), written by `DnDPipeline.save_pretrained`.
+
+The installed dnd_hf is used where there is one, otherwise this copy of its code.
+"""
+
+import importlib
+import importlib.util
+
+
+if importlib.util.find_spec("dnd_hf"):
+    DnDForImageGeneration = importlib.import_module("dnd_hf").DnDForImageGeneration
+else:
+    """DnDConfig: the shape of a DnD-Transformer and everything its checkpoint must remember."""
+
+    from transformers import PreTrainedConfig
+
+
+    SIZES = {  # arXiv 2410.01912, Table 2; name: (layers, width, heads)
+        "B": (12, 768, 12),
+        "L": (24, 1024, 16),
+        "XL": (36, 1280, 20),
+        "XXL": (48, 1536, 24),
+        "XXXL": (48, 2048, 32),
+    }
+    DEPTH_MODES = ("dnd", "vertical", "parallel")
+
+
+    def default_prediction_layers(num_hidden_layers: int, code_depth: int) -> list[int]:
+        """Evenly spaced head layers (0-based, last layer included) for any depth and layer count.
+
+        At 48 layers these are the released ones: [47]; [39, 47]; [38, 41, 44, 47]; [26, 29, ..., 47].
+        """
+        spacing = round(num_hidden_layers / (6 if code_depth == 2 else 16))
+        spacing = max(1, min(spacing, (num_hidden_layers - 1) // max(1, code_depth - 1)))
+        last = num_hidden_layers - 1
+        return [last - spacing * k for k in reversed(range(code_depth))]
+
+
+    class DnDConfig(PreTrainedConfig):
+        """Configuration of a [`DnDForImageGeneration`]. The defaults are the paper's XXL model of depth 2 for ImageNet.
+
+        Args:
+            vocab_size: codebook size N of the tokenizer.
+            hidden_size: width of the transformer.
+            num_hidden_layers: number of LLaMA blocks.
+            num_attention_heads: heads of `hidden_size / num_attention_heads` dimensions, a multiple of 4.
+            num_key_value_heads: fewer than `num_attention_heads` for grouped-query attention; `None`: as many.
+            intermediate_size: width of the SwiGLU; `None`: two thirds of `4 * hidden_size`, up to a multiple of 256.
+            grid_size: (height, width) of the code grid; an int means a square.
+            code_depth: residual codes a position, d.
+            prediction_layers: for each depth the 0-based layer its head stands at, strictly increasing; `None`:
+                [`default_prediction_layers`]. In `"parallel"` mode all heads stand at the last layer, whatever is given.
+            depth_mode: `"dnd"`: heads at different layers, each code's embedding is added to the hidden state;
+                `"vertical"`: nothing is fed back; `"parallel"`: all heads at the last layer (Table 3).
+            tie_prediction_heads: one output matrix for all depths (the norms stay separate).
+            num_classes: class labels lie in `[0, num_classes)`.
+            class_dropout_prob: share of training samples whose class becomes the null class; 0: there is no null class,
+                so no guidance.
+            embedding_dropout: dropout of the input tokens.
+            residual_dropout: dropout of the attention output projection.
+            mlp_dropout: dropout of the MLP output.
+            attention_dropout: dropout of the attention weights.
+            drop_path_rate: stochastic depth of the last layer, growing linearly from 0 at the first.
+            rope_theta: base of the 2D rotary positions.
+            rms_norm_eps: epsilon of the RMS norms.
+            initializer_range: standard deviation of the initial weights.
+            id2label: names of the classes, `{0: "tench", ...}`.
+
+        Raises:
+            ValueError: a value that no model can have; the message names it and what is allowed.
+        """
+
+        model_type = "dnd"
+
+        vocab_size: int = 16384
+        hidden_size: int = 1536
+        num_hidden_layers: int = 48
+        num_attention_heads: int = 24
+        num_key_value_heads: int | None = None
+        intermediate_size: int | None = None
+        grid_size: tuple[int, int] | list[int] | int = (16, 16)
+        code_depth: int = 2
+        prediction_layers: list[int] | None = None
+        depth_mode: str = "dnd"
+        tie_prediction_heads: bool = False
+        num_classes: int = 1000
+        class_dropout_prob: float = 0.1
+        embedding_dropout: float = 0.1
+        residual_dropout: float = 0.1
+        mlp_dropout: float = 0.1
+        attention_dropout: float = 0.0
+        drop_path_rate: float = 0.0
+        rope_theta: float = 10000.0
+        rms_norm_eps: float = 1e-5
+        initializer_range: float = 0.02
+        hidden_act: str = "silu"
+        attention_bias: bool = False
+        mlp_bias: bool = False
+        tie_word_embeddings: bool = False
+
+        def __post_init__(self, **kwargs):
+            sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "code_depth", "num_classes")
+            for name in sizes:
+                if getattr(self, name) < 1:
+                    raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+            shares = ("class_dropout_prob", "embedding_dropout", "residual_dropout", "mlp_dropout", "attention_dropout")
+            for name in (*shares, "drop_path_rate"):
+                if not 0 <= getattr(self, name) < 1:
+                    raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
+
+            if self.num_key_value_heads is None:
+                self.num_key_value_heads = self.num_attention_heads
+            if self.hidden_size % self.num_attention_heads or (self.hidden_size // self.num_attention_heads) % 4:
+                raise ValueError(
+                    f"`hidden_size` must be `num_attention_heads` ({self.num_attention_heads}) times a multiple of 4 (2D"
+                    f" rotary positions), got {self.hidden_size}."
+                )
+            if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+                raise ValueError(
+                    f"`num_key_value_heads` must divide `num_attention_heads` ({self.num_attention_heads}), got"
+                    f" {self.num_key_value_heads}."
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+            if self.intermediate_size is None:
+                self.intermediate_size = -(-int(2 / 3 * 4 * self.hidden_size) // 256) * 256
+
+            grid_size = (self.grid_size,) * 2 if isinstance(self.grid_size, int) else tuple(self.grid_size)
+            if len(grid_size) != 2 or min(grid_size) < 1:
+                raise ValueError(f"`grid_size` must be a positive (height, width), got {self.grid_size}.")
+            self.grid_size = list(grid_size)
+
+            if self.depth_mode not in DEPTH_MODES:
+                raise ValueError(f"`depth_mode` must be one of {DEPTH_MODES}, got {self.depth_mode!r}.")
+            if self.depth_mode == "parallel":
+                self.prediction_layers = [self.num_hidden_layers - 1] * self.code_depth
+            else:
+                if self.prediction_layers is None:
+                    self.prediction_layers = default_prediction_layers(self.num_hidden_layers, self.code_depth)
+                self._check_prediction_layers()
+
+            if self.id2label is not None and len(self.id2label) != self.num_classes:
+                raise ValueError(f"`id2label` must name all {self.num_classes} classes, got {len(self.id2label)} names.")
+            kwargs["num_labels"] = self.num_classes
+            super().__post_init__(**kwargs)
+
+        def _check_prediction_layers(self) -> None:
+            layers = self.prediction_layers = list(self.prediction_layers)
+            if len(layers) != self.code_depth:
+                raise ValueError(f"`prediction_layers` must have `code_depth` ({self.code_depth}) entries, got {layers}.")
+            increasing = layers == sorted(set(layers))
+            if not increasing or layers[0] < 0 or layers[-1] >= self.num_hidden_layers:
+                raise ValueError(
+                    f"`prediction_layers` must be strictly increasing within [0, {self.num_hidden_layers}), got {layers}."
+                )
+
+        @property
+        def has_null_class(self) -> bool:
+            """Whether there is a learned null class (its id is `num_classes`), which guidance needs."""
+            return self.class_dropout_prob > 0
+
+        @property
+        def sequence_length(self) -> int:
+            """Positions of the grid, the number of forward passes of one generation."""
+            return self.grid_size[0] * self.grid_size[1]
+
+        @classmethod
+        def from_size(cls, size: str, **kwargs) -> "DnDConfig":
+            """The configuration of a model size of the paper: B (111M), L (343M), XL (775M), XXL (1.4B) or XXXL (2.5B).
+
+            `kwargs` override or add any argument, e.g. `DnDConfig.from_size("B", code_depth=4, grid_size=(4, 16))`.
+            """
+            if size not in SIZES:
+                raise ValueError(f"`size` must be one of {', '.join(SIZES)}, got {size!r}.")
+            layers, width, heads = SIZES[size]
+            defaults = dict(num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads)
+            return cls(**{**defaults, **kwargs})
+
+
+    """generate(): the sampling loop of the DnD-Transformer, with cache, guidance and filters."""
+
+    import math
+    from collections.abc import Callable, Sequence
+
+    import torch
+    from diffusers.utils.accelerate_utils import apply_forward_hook
+    from torch import Tensor
+    from transformers import GenerationConfig, GenerationMixin
+    from transformers.generation import (
+        LogitsProcessorList,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+
+    class KeyValueCache:
+        """Keys and values of all layers, `(layers, 2, batch, heads, positions, head_dim)`, allocated once.
+
+        Attention layers call `update` as on any cache of transformers, one token at a time, and get views of the part that
+        is filled, so nothing is copied and no mask is needed.
+        """
+
+        def __init__(self, storage: Tensor):
+            self.storage = storage
+            self.position = 0
+
+        def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+            """Writes `(batch, heads, 1, head_dim)` keys and values at `position`; returns all up to there."""
+            layer = self.storage[layer_idx]
+            layer[0, :, :, self.position] = keys[:, :, 0]
+            layer[1, :, :, self.position] = values[:, :, 0]
+            filled = layer[:, :, :, : self.position + 1]
+            return filled[0], filled[1]
+
+
+    class DnDGenerationMixin(GenerationMixin):
+        """Adds `generate`, which replaces that of transformers: several codes a step, from heads between layers."""
+
+        _cache_storage: Tensor | None = None
+
+        @torch.no_grad()
+        @apply_forward_hook  # offloaded models come to the device for `generate` as they do for `forward`
+        def generate(
+            self,
+            class_labels: Tensor | Sequence[int] | int,
+            guidance_scale: float | None = None,
+            temperature: float | Sequence[float] | None = None,
+            top_k: int | Sequence[int] | None = None,
+            top_p: float | Sequence[float] | None = None,
+            do_sample: bool | None = None,
+            generator: torch.Generator | list[torch.Generator] | None = None,
+            generation_config: GenerationConfig | None = None,
+            callback: Callable[[int, Tensor], None] | None = None,
+        ) -> Tensor:
+            """Samples the codes of one image a label.
+
+            Arguments left `None` are taken from `generation_config` (default: the checkpoint's own); what that leaves
+            open is guidance 2 (1 without a null class), temperature 1, no filters, sampling.
+
+            Args:
+                class_labels: `(batch,)` integers in `[0, num_classes)`.
+                guidance_scale: logits become `u + (c - u) * guidance_scale`, u those of the null class; 1: no guidance,
+                    at half the cost. At least 0.
+                temperature: the logits are divided by it; greater than 0. One value, or one a depth, as the next two.
+                top_k: only the k most likely codes may be drawn; 0: all.
+                top_p: only the most likely codes that together reach this probability may be drawn; in (0, 1].
+                    The order is temperature, top-k, top-p.
+                do_sample: `False`: the most likely code is taken (greedy).
+                generator: one, or one an image: then image i depends on its own generator alone, not on the batch.
+                callback: called after each grid position with its index and the codes so far.
+
+            Returns:
+                `(batch, height, width, depth)` int64 in `[0, vocab_size)`.
+
+            Raises:
+                ValueError: an argument out of its range; nothing has been computed then.
+            """
+            config = self.config
+            class_labels = self._check_labels(class_labels)
+            batch, length, depth = len(class_labels), config.sequence_length, config.code_depth
+            sampling = generation_config if generation_config is not None else self.generation_config
+            if guidance_scale is None:
+                guidance_scale = sampling.guidance_scale
+            if guidance_scale is None:
+                guidance_scale = 2.0 if config.has_null_class else 1.0
+            _check_range("guidance_scale", guidance_scale, "finite and at least 0", lambda v: v >= 0)
+            guided = guidance_scale != 1
+            if guided and not config.has_null_class:
+                raise ValueError(
+                    "`guidance_scale` must be 1 for a model without a null class (`class_dropout_prob` 0), got"
+                    f" {guidance_scale}."
+                )
+            if do_sample is None:
+                do_sample = sampling.do_sample is not False
+            filters = _logits_filters(
+                temperature if temperature is not None else sampling.temperature,
+                top_k if top_k is not None else sampling.top_k,
+                top_p if top_p is not None else sampling.top_p,
+                depth,
+            )
+            if isinstance(generator, (list, tuple)) and len(generator) != batch:
+                raise ValueError(f"`generator` must be one, or a list of one an image ({batch}), got {len(generator)}.")
+            device = class_labels.device
+            noise_BLD = _uniform((batch, length, depth), generator, device) if do_sample else None
+
+            codes_BLD = torch.zeros(batch, length, depth, dtype=torch.int64, device=device)
+            if guided:
+                class_labels = torch.cat([class_labels, torch.full_like(class_labels, config.num_classes)])
+            token_BC = self.embed_classes(class_labels)
+            cache = self._allocate_cache(len(class_labels), device, token_BC.dtype)
+            cos, sin = self.rotary_embeddings(device, token_BC.dtype)
+
+            def choose(k: int, logits_BLV: Tensor) -> Tensor:
+                logits_BV = logits_BLV[:, -1].float()
+                if guided:
+                    conditional, null = logits_BV.chunk(2)
+                    logits_BV = null + (conditional - null) * guidance_scale
+                if do_sample:
+                    codes_B = draw(filters[k](None, logits_BV), noise_BLD[:, cache.position, k])
+                else:
+                    codes_B = logits_BV.argmax(-1)
+                codes_BLD[:, cache.position, k] = codes_B
+                return (codes_B.repeat(2) if guided else codes_B)[:, None]
+
+            was_training = self.training
+            self.eval()
+            try:
+                for position in range(length):
+                    cache.position = position
+                    rotary = cos[:, position, None], sin[:, position, None]
+                    self.run_layers(
+                        token_BC[:, None], choose, position_embeddings=rotary, attention_mask=None, past_key_values=cache
+                    )
+                    token_BC = self.embed_tokens(codes_BLD[:, position]).sum(1)
+                    token_BC = token_BC.repeat(2, 1) if guided else token_BC
+                    if callback is not None:
+                        callback(position, codes_BLD.view(batch, *config.grid_size, depth))
+            finally:
+                self.train(was_training)
+            return codes_BLD.view(batch, *config.grid_size, depth)
+
+        def _check_labels(self, class_labels: Tensor | Sequence[int] | int) -> Tensor:
+            labels = torch.as_tensor(class_labels)
+            num_classes = self.config.num_classes
+            if labels.is_floating_point() or labels.dtype == torch.bool or labels.ndim > 1 or not labels.numel():
+                raise ValueError(f"`class_labels` must be a non-empty list of integers, got {class_labels!r}.")
+            labels = labels.reshape(-1).long()
+            wrong = labels[(labels < 0) | (labels >= num_classes)].tolist()
+            if wrong:
+                raise ValueError(f"`class_labels` must lie in [0, {num_classes}), got {wrong}.")
+            # Sequentially offloaded weights are on "meta" until a layer runs; the pipeline's labels are where it will run.
+            return labels if self.device.type == "meta" else labels.to(self.device)
+
+        def _allocate_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> KeyValueCache:
+            config = self.config
+            shape = (
+                config.prediction_layers[-1] + 1,
+                2,
+                batch,
+                config.num_key_value_heads,
+                config.sequence_length,
+                config.head_dim,
+            )
+            storage = self._cache_storage
+            fits = storage is not None and storage.dtype == dtype and storage.device == device
+            if not fits or storage.shape[2] < batch:
+                storage = self._cache_storage = torch.empty(shape, dtype=dtype, device=device)
+            return KeyValueCache(storage[:, :, :batch])
+
+
+    def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+        """Samples from softmax(logits) by inverting the cumulative distribution.
+
+        Args:
+            logits: `(batch, vocab_size)`; -inf is never drawn.
+            uniform: `(batch,)` float64 in [0, 1), the only randomness.
+
+        Returns:
+            `(batch,)` int64: the first code whose cumulative probability exceeds `uniform`.
+        """
+        cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+        target = uniform[:, None] * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+
+
+    def _uniform(
+        shape: tuple[int, ...], generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device
+    ) -> Tensor:
+        if isinstance(generator, (list, tuple)):
+            return torch.cat([_uniform((1, *shape[1:]), one, device) for one in generator])
+        source = generator.device if generator is not None else device
+        if source.type == "mps":  # no float64 there
+            source = torch.device("cpu")
+        return torch.rand(shape, generator=generator, dtype=torch.float64, device=source).to(device)
+
+
+    def _logits_filters(temperature, top_k, top_p, depth: int) -> list[LogitsProcessorList]:
+        temperatures = _per_depth("temperature", temperature, 1.0, depth, "finite and greater than 0", lambda v: v > 0)
+        top_ks = _per_depth("top_k", top_k, 0, depth, "a whole number, at least 0", lambda v: v >= 0 and v == int(v))
+        top_ps = _per_depth("top_p", top_p, 1.0, depth, "within (0, 1]", lambda v: 0 < v <= 1)
+        filters = []
+        for temperature, top_k, top_p in zip(temperatures, top_ks, top_ps):
+            processors = LogitsProcessorList()
+            if temperature != 1:
+                processors.append(TemperatureLogitsWarper(float(temperature)))
+            if top_k:
+                processors.append(TopKLogitsWarper(int(top_k)))
+            if top_p < 1:
+                processors.append(TopPLogitsWarper(float(top_p)))
+            filters.append(processors)
+        return filters
+
+
+    def _per_depth(name: str, value, default, depth: int, allowed: str, check: Callable[[float], bool]) -> list:
+        if value is None:
+            value = default
+        values = list(value) if isinstance(value, (list, tuple)) else [value] * depth
+        if len(values) != depth:
+            raise ValueError(f"`{name}` must be one value or one a depth ({depth}), got {len(values)}: {values}.")
+        for one in values:
+            _check_range(name, one, allowed, check)
+        return values
+
+
+    def _check_range(name: str, value, allowed: str, check: Callable[[float], bool]) -> None:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or not check(value):
+            raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
+
+
+    """DnDForImageGeneration: one decoder that predicts all residual codes of a position in one forward pass.
+
+    Shape suffixes: B batch, L sequence (grid positions in raster order), D depth, C hidden size, V codebook size.
+    """
+
+    from collections.abc import Callable
+    from dataclasses import dataclass
+
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel, initialization
+    from transformers.masking_utils import create_causal_mask
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+    from transformers.utils import ModelOutput
+
+
+
+    @dataclass
+    class DnDOutput(ModelOutput):
+        """Output of [`DnDForImageGeneration`].
+
+        Args:
+            loss: scalar, the mean cross-entropy (nats) over all positions and depths; given `labels`.
+            depth_losses: `(depth,)`, the same mean for each depth; given `labels`.
+            logits: `(batch, height * width, depth, vocab_size)`; position i holds the prediction of grid cell i.
+        """
+
+        loss: Tensor | None = None
+        depth_losses: Tensor | None = None
+        logits: Tensor | None = None
+
+
+    class DropPath(nn.Module):
+        """Stochastic depth (arXiv 1603.09382): drops a residual branch for whole samples and rescales the others."""
+
+        def __init__(self, rate: float):
+            super().__init__()
+            self.rate = rate
+
+        def forward(self, branch_BLC: Tensor) -> Tensor:
+            if not self.training or self.rate == 0:
+                return branch_BLC
+            kept = torch.rand(len(branch_BLC), 1, 1, device=branch_BLC.device) >= self.rate
+            return branch_BLC * kept / (1 - self.rate)
+
+
+    class DnDDecoderLayer(LlamaDecoderLayer):
+        """A LLaMA block with dropout and stochastic depth on both residual branches."""
+
+        def __init__(self, config: DnDConfig, layer_idx: int):
+            super().__init__(config, layer_idx)
+            self.residual_dropout = nn.Dropout(config.residual_dropout)
+            self.mlp_dropout = nn.Dropout(config.mlp_dropout)
+            self.drop_path = DropPath(config.drop_path_rate * layer_idx / max(1, config.num_hidden_layers - 1))
+
+        def forward(self, hidden_states: Tensor, **attention_kwargs) -> Tensor:
+            attention, _ = self.self_attn(self.input_layernorm(hidden_states), **attention_kwargs)
+            hidden_states = hidden_states + self.drop_path(self.residual_dropout(attention))
+            mlp = self.mlp(self.post_attention_layernorm(hidden_states))
+            return hidden_states + self.drop_path(self.mlp_dropout(mlp))
+
+
+    class DnDForImageGeneration(DnDGenerationMixin, PreTrainedModel):
+        """DnD-Transformer (arXiv 2410.01912): a LLaMA decoder over a grid of residual codes.
+
+        The sequence is the class token followed by one token a grid cell, the sum of the embeddings of its codes. At
+        `config.prediction_layers[k]` head k (RMS norm and linear) predicts code k of the next cell; in `"dnd"` mode the
+        embedding of that code is then added to the hidden state, which runs on to head k + 1. With depth 1 this is the
+        plain autoregressive model of LlamaGen.
+        """
+
+        config_class = DnDConfig
+        base_model_prefix = ""
+        main_input_name = "codes"
+        input_modalities = ("image",)
+        supports_gradient_checkpointing = True
+        accepts_loss_kwargs = False
+        _no_split_modules = ["DnDDecoderLayer"]
+        _supports_flash_attn = True
+        _supports_sdpa = True
+        _supports_flex_attn = True
+        _supports_attention_backend = True
+        _can_compile_fullgraph = True
+
+        def __init__(self, config: DnDConfig):
+            super().__init__(config)
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+            self.embed_classes = nn.Embedding(config.num_classes + config.has_null_class, config.hidden_size)
+            self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+            self.layers = nn.ModuleList(DnDDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+            self.norms = nn.ModuleList(
+                LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps) for _ in range(config.code_depth)
+            )
+            self.heads = nn.ModuleList(
+                nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+                for _ in range(1 if config.tie_prediction_heads else config.code_depth)
+            )
+            self.gradient_checkpointing = False
+            guidance_scale = 2.0 if config.has_null_class else 1.0
+            self.generation_config.update(
+                do_sample=True, guidance_scale=guidance_scale, temperature=1.0, top_k=0, top_p=1.0
+            )
+            self.post_init()
+
+        def _init_weights(self, module: nn.Module) -> None:
+            if module in set(self.heads):
+                initialization.zeros_(module.weight)
+            else:
+                super()._init_weights(module)
+
+        def forward(
+            self,
+            class_labels: Tensor,
+            codes: Tensor,
+            labels: Tensor | None = None,
+            return_dict: bool | None = None,
+        ) -> DnDOutput | tuple[Tensor, ...]:
+            """Predicts every code from the codes before it (teacher forcing).
+
+            Args:
+                class_labels: `(batch,)` integers in `[0, num_classes)`; `num_classes` is the null class, which in
+                    training mode replaces a share `class_dropout_prob` of them.
+                codes: `(batch, height, width, depth)` integers in `[0, vocab_size)`.
+                labels: the targets, same shape; -100 leaves a code out of the loss.
+
+            Raises:
+                ValueError: shapes that do not fit each other or the configuration.
+            """
+            config = self.config
+            grid = (*config.grid_size, config.code_depth)
+            if codes.ndim != 4 or tuple(codes.shape[1:]) != grid:
+                raise ValueError(f"`codes` must be (batch, {', '.join(map(str, grid))}), got shape {tuple(codes.shape)}.")
+            if class_labels.shape != codes.shape[:1]:
+                raise ValueError(f"`class_labels` must be ({len(codes)},), got shape {tuple(class_labels.shape)}.")
+            if labels is not None and labels.shape != codes.shape:
+                raise ValueError(f"`labels` must have the shape of `codes`, got {tuple(labels.shape)}.")
+
+            if self.training and config.has_null_class:
+                dropped = torch.rand(class_labels.shape, device=class_labels.device) < config.class_dropout_prob
+                class_labels = class_labels.masked_fill(dropped, config.num_classes)
+            codes_BLD = codes.flatten(1, 2)
+            tokens_BLC = self.embed_tokens(codes_BLD[:, :-1]).sum(2)
+            hidden_BLC = self.embedding_dropout(torch.cat([self.embed_classes(class_labels)[:, None], tokens_BLC], dim=1))
+            mask = create_causal_mask(config, inputs_embeds=hidden_BLC, attention_mask=None, past_key_values=None)
+            rotary = self.rotary_embeddings(hidden_BLC.device, hidden_BLC.dtype)
+
+            logits = []
+
+            def teach(k: int, logits_BLV: Tensor) -> Tensor:
+                logits.append(logits_BLV)
+                return codes_BLD[..., k]
+
+            self.run_layers(hidden_BLC, teach, position_embeddings=rotary, attention_mask=mask)
+
+            loss = depth_losses = None
+            if labels is not None:
+                targets = labels.flatten(1, 2).flatten(0, 1).unbind(-1)
+                sums = [
+                    F.cross_entropy(logits_BLV.flatten(0, 1).float(), target, reduction="sum")
+                    for logits_BLV, target in zip(logits, targets)
+                ]
+                sums, counts = torch.stack(sums), (torch.stack(targets) != -100).sum(1)
+                loss, depth_losses = sums.sum() / counts.sum(), sums / counts
+            output = DnDOutput(loss=loss, depth_losses=depth_losses, logits=torch.stack(logits, dim=2))
+            return output.to_tuple() if return_dict is False else output
+
+        def run_layers(self, hidden_BLC: Tensor, choose: Callable[[int, Tensor], Tensor], **attention_kwargs) -> None:
+            """The DnD forward pass, the same in training and generation (Section 3.2).
+
+            `choose(k, logits_BLV)` receives the logits of head k and returns the codes `(B, L)` of that depth: the true
+            ones in training, sampled ones in generation. Layers above the last head are not run.
+            """
+            config = self.config
+            for index, layer in enumerate(self.layers[: config.prediction_layers[-1] + 1]):
+                hidden_BLC = layer(hidden_BLC, **attention_kwargs)
+                for k in (k for k, at in enumerate(config.prediction_layers) if at == index):
+                    head = self.heads[0 if config.tie_prediction_heads else k]
+                    codes_BL = choose(k, head(self.norms[k](hidden_BLC)))
+                    if config.depth_mode == "dnd" and k < config.code_depth - 1:
+                        hidden_BLC = hidden_BLC + self.embed_tokens(codes_BL)
+
+        def rotary_embeddings(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+            """Cosines and sines `(1, L, head_dim)` of the 2D rotary positions, in transformers' half-split layout.
+
+            The first half of the rotary pairs turns with the row, the second with the column. Token 0, the class, has
+            cosine and sine 0 (its query and key vanish, as in the released models); token i >= 1 stands for cell i - 1.
+            Computed where it is used: a buffer that is not saved would be lost in `from_pretrained`.
+            """
+            height, width = self.config.grid_size
+            half = self.config.head_dim // 2
+            exponents = torch.arange(0, half, 2, device=device, dtype=torch.float32) / half
+            frequencies = 1 / self.config.rope_theta**exponents
+            cells = torch.arange(height * width - 1, device=device)
+            angles = torch.cat([torch.outer(cells // width, frequencies), torch.outer(cells % width, frequencies)], dim=1)
+            angles = torch.cat([angles, angles], dim=1)
+            cos, sin = (F.pad(table, (0, 0, 1, 0))[None].to(dtype) for table in (angles.cos(), angles.sin()))
+            return cos, sin
