@@ -40,6 +40,7 @@ SHAPE_OPTIONS = (
     "residual_dropout",
     "mlp_dropout",
     "drop_path_rate",
+    "initializer_range",
 )
 
 
@@ -68,6 +69,7 @@ class DnDArguments(TrainingArguments):
     residual_dropout: float = HfArg(default=0.1, help="Dropout of the attention output.")
     mlp_dropout: float = HfArg(default=0.1, help="Dropout of the MLP output.")
     drop_path_rate: float = HfArg(default=0.0, help="Stochastic depth of the last layer.")
+    initializer_range: float = HfArg(default=0.02, help="Standard deviation of the initial weights.")
 
     learning_rate: float | None = HfArg(
         default=None, help="Peak learning rate; default: the paper's 1e-4 per 256 samples of one optimizer step."

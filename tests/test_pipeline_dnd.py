@@ -41,6 +41,7 @@ def codes_of(pipe, class_labels, *seeds) -> torch.Tensor:
         torch.tensor([1]),
         np.array([1]),
         np.int64(1),
+        [np.int64(1)],
     ],
     ids=repr,
 )

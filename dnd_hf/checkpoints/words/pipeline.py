@@ -255,6 +255,7 @@ else:
                 class_labels = class_labels.tolist()
             if isinstance(class_labels, (int, float, str)):
                 class_labels = [class_labels]
+            class_labels = [label.item() if hasattr(label, "item") else label for label in class_labels]
             ids = [self.get_label_ids(label)[0] if isinstance(label, str) else label for label in class_labels]
             wrong = [label for label in ids if isinstance(label, bool) or not isinstance(label, int)]
             wrong = wrong or [label for label in ids if not 0 <= label < num_classes]
