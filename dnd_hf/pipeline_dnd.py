@@ -92,7 +92,6 @@ class DnDPipeline(DiffusionPipeline):
         index_file = Path(save_directory, self.config_name)
         index = json.loads(index_file.read_text(encoding="utf-8"))
         index["_class_name"] = ["pipeline", type(self).__name__]
-        index.pop("_name_or_path", None)  # where it was loaded from is nobody's business
         Path(save_directory, "pipeline.py").write_text(portable_source(type(self)), encoding="utf-8")
         for component, (module, _) in COMPONENTS.items():
             model = getattr(self, component)
@@ -102,6 +101,10 @@ class DnDPipeline(DiffusionPipeline):
             code_file.parent.mkdir(exist_ok=True)
             code_file.write_text(portable_source(model_class), encoding="utf-8")
         index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for file in (index_file, Path(save_directory, "vqvae", "config.json")):
+            if file.is_file():  # diffusers writes which local path a model was loaded from
+                kept = {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if k != "_name_or_path"}
+                file.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @property
     def labels(self) -> dict[str, int]:

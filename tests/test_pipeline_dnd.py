@@ -203,6 +203,7 @@ def test_a_pipeline_saved_again_loads_both_ways_again(first, make_pipeline, tmp_
         assert (tmp_path / "a" / name).read_text() == (tmp_path / "b" / name).read_text()
     before, after = (json.loads((tmp_path / name / "model_index.json").read_text()) for name in "ab")
     assert after == before
+    assert not [path for path in (tmp_path / "b").rglob("*.json") if str(tmp_path) in path.read_text()]
     shutil.rmtree(tmp_path / "a")
     assert_same(DnDPipeline.from_pretrained(tmp_path / "b"), pipe)
     assert_same(DiffusionPipeline.from_pretrained(tmp_path / "b", trust_remote_code=True), pipe)
