@@ -33,21 +33,22 @@ def nearest_codes(vectors: Tensor, codebook: Tensor, chunk_elements: int = DISTA
         squared_norms = codebook.square().sum(1)
         largest_norm = squared_norms.max().sqrt()
         codes = vectors.new_empty(len(vectors), dtype=torch.int64)
+        doubtful = vectors.new_empty(len(vectors), dtype=torch.bool)
         rows = max(1, chunk_elements // num_codes)
         for start in range(0, len(vectors), rows):
-            chunk = vectors[start : start + rows].float()
-            scores = torch.addmm(squared_norms, chunk, codebook.T, alpha=-2)
-            best, chunk_codes = scores.min(1)
+            chunk = slice(start, start + rows)
+            part = vectors[chunk].float()
+            scores = torch.addmm(squared_norms, part, codebook.T, alpha=-2)
+            best, codes[chunk] = scores.min(1)
             # A score is off by up to (dim + 2) * 2^-24 * (|c|^2 + 2 |v||c|): two may swap within twice that.
-            margin = (dim + 2) * 2.0**-23 * largest_norm * (largest_norm + 2 * chunk.norm(dim=1))
-            doubtful = ((scores <= (best + margin)[:, None]).sum(1) > 1).nonzero().squeeze(1)
-            if len(doubtful):
-                exact = codebook.double()
-                exact_norms = exact.square().sum(1)
-                for part in doubtful.split(max(1, rows // 4)):
-                    scores = torch.addmm(exact_norms, chunk[part].double(), exact.T, alpha=-2)
-                    chunk_codes[part] = scores.argmin(1)
-            codes[start : start + rows] = chunk_codes
+            margin = (dim + 2) * 2.0**-23 * largest_norm * (largest_norm + 2 * part.norm(dim=1))
+            doubtful[chunk] = (scores <= (best + margin)[:, None]).sum(1) > 1
+        again = doubtful.nonzero().squeeze(1)
+        if len(again):
+            exact = codebook.double()
+            squared_norms = exact.square().sum(1)
+            for part in again.split(max(1, rows // 4)):
+                codes[part] = torch.addmm(squared_norms, vectors[part].double(), exact.T, alpha=-2).argmin(1)
     return codes
 
 
