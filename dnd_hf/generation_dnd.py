@@ -15,6 +15,27 @@ from transformers.generation import (
 )
 
 
+GUIDANCE_SCHEDULES = ("constant", "linear", "power-cosine")
+
+
+def guidance_scales(scale: float, schedule: str, power: float, length: int) -> list[float]:
+    """The guidance scale of each grid position t of `length`, in raster order.
+
+    Args:
+        scale: g, the scale that the schedule is about.
+        schedule: `"constant"`: g. `"linear"`: `1 + (g - 1) * t / length`. `"power-cosine"` (RAR, arXiv 2411.00776,
+            Appendix): `1 + (g - 1) / 2 * (1 - cos(pi * (t / length) ** power))`.
+        power: of the last; RAR's are 1.2 to 2.75. The greater, the later guidance sets in.
+        length: number of positions.
+    """
+    progress = [t / length for t in range(length)]
+    if schedule == "linear":
+        return [1 + (scale - 1) * part for part in progress]
+    if schedule == "power-cosine":
+        return [1 + (scale - 1) / 2 * (1 - math.cos(math.pi * part**power)) for part in progress]
+    return [scale] * length
+
+
 class KeyValueCache:
     """Keys and values of all layers, `(layers, 2, batch, heads, positions, head_dim)`, allocated once.
 
@@ -53,11 +74,13 @@ class DnDGenerationMixin(GenerationMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         generation_config: GenerationConfig | None = None,
         callback: Callable[[int, Tensor], None] | None = None,
+        guidance_schedule: str | None = None,
+        guidance_power: float | None = None,
     ) -> Tensor:
         """Samples the codes of one image a label.
 
         Arguments left `None` are taken from `generation_config` (default: the checkpoint's own); what that leaves
-        open is guidance 2 (1 without a null class), temperature 1, no filters, sampling.
+        open is guidance 2 (1 without a null class), constant, temperature 1, no filters, sampling.
 
         Args:
             class_labels: `(batch,)` integers in `[0, num_classes)`.
@@ -70,6 +93,9 @@ class DnDGenerationMixin(GenerationMixin):
             do_sample: `False`: the most likely code is taken (greedy).
             generator: one, or one an image: then image i depends on its own generator alone, not on the batch.
             callback: called after each grid position with its index and the codes so far.
+            guidance_schedule, guidance_power: how the guidance grows over the picture, see [`guidance_scales`];
+                `"constant"` (the default), `"linear"` or `"power-cosine"`, the last with a power greater than 0
+                (default 2.75).
 
         Returns:
             `(batch, height, width, depth)` int64 in `[0, vocab_size)`.
@@ -86,6 +112,13 @@ class DnDGenerationMixin(GenerationMixin):
         if guidance_scale is None:
             guidance_scale = 2.0 if config.has_null_class else 1.0
         _check_range("guidance_scale", guidance_scale, "finite and at least 0", lambda v: v >= 0)
+        if guidance_schedule is None:
+            guidance_schedule = getattr(sampling, "guidance_schedule", "constant")
+        if guidance_schedule not in GUIDANCE_SCHEDULES:
+            raise ValueError(f"`guidance_schedule` must be one of {GUIDANCE_SCHEDULES}, got {guidance_schedule!r}.")
+        if guidance_power is None:
+            guidance_power = getattr(sampling, "guidance_power", 2.75)
+        _check_range("guidance_power", guidance_power, "finite and greater than 0", lambda v: v > 0)
         guided = guidance_scale != 1
         if guided and not config.has_null_class:
             raise ValueError(
@@ -105,6 +138,7 @@ class DnDGenerationMixin(GenerationMixin):
         device = class_labels.device
         noise_BLD = _uniform((batch, length, depth), generator, device) if do_sample else None
 
+        scales = guidance_scales(guidance_scale, guidance_schedule, guidance_power, length)
         codes_BLD = torch.zeros(batch, length, depth, dtype=torch.int64, device=device)
         if guided:
             class_labels = torch.cat([class_labels, torch.full_like(class_labels, config.num_classes)])
@@ -112,11 +146,11 @@ class DnDGenerationMixin(GenerationMixin):
         cache = self._allocate_cache(len(class_labels), device, token_BC.dtype)
         cos, sin = self.rotary_embeddings(device, token_BC.dtype)
 
-        def choose(k: int, logits_BLV: Tensor) -> Tensor:
-            logits_BV = logits_BLV[:, -1].float()
+        def choose(k: int, hidden_BLC: Tensor) -> Tensor:
+            logits_BV = self.head(k)(hidden_BLC[:, -1]).float()
             if guided:
                 conditional, null = logits_BV.chunk(2)
-                logits_BV = null + (conditional - null) * guidance_scale
+                logits_BV = null + (conditional - null) * scales[cache.position]
             if do_sample:
                 codes_B = draw(filters[k](None, logits_BV), noise_BLD[:, cache.position, k])
             else:

@@ -26,7 +26,11 @@ class GenerationArguments:
         default_factory=list, help="Names or numbers of classes; default: 16 spread over all classes."
     )
     num_images_per_label: int = HfArg(default=1, help="Pictures of each label, side by side in the grid.")
-    guidance_scale: float | None = HfArg(default=None, help="Default of this and the next three: the checkpoint's own.")
+    guidance_scale: float | None = HfArg(default=None, help="Default of this and the next five: the checkpoint's own.")
+    guidance_schedule: Literal["constant", "linear", "power-cosine"] | None = HfArg(
+        default=None, help="How the guidance grows from the first position of a picture to the last."
+    )
+    guidance_power: float | None = HfArg(default=None, help="Of power-cosine; the greater, the later it sets in.")
     temperature: float | None = HfArg(default=None, help="The logits are divided by it.")
     top_k: int | None = HfArg(default=None, help="Only the k most likely codes may be drawn; 0: all.")
     top_p: float | None = HfArg(default=None, help="Only the likeliest codes of this total probability may be drawn.")
@@ -63,6 +67,8 @@ def main(args: GenerationArguments) -> None:
             temperature=args.temperature,
             top_k=args.top_k,
             top_p=args.top_p,
+            guidance_schedule=args.guidance_schedule,
+            guidance_power=args.guidance_power,
             generator=generators,
         ).images
     seconds = perf_counter() - started

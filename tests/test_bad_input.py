@@ -133,6 +133,8 @@ CASES = [  # (the argument that the message must name, what else it must say, th
     ("guidance_scale", "nan", generate(guidance_scale=NAN)),
     ("guidance_scale", "inf", generate(guidance_scale=INF)),
     ("guidance_scale", "'2'", generate(guidance_scale="2")),
+    ("guidance_schedule", "'cosine'", generate(guidance_schedule="cosine")),
+    ("guidance_power", "0.0", generate(guidance_schedule="power-cosine", guidance_power=0.0)),
     ("temperature", "greater than 0", generate(temperature=0)),
     ("temperature", "-0.5", generate(temperature=-0.5)),
     ("temperature", "nan", generate(temperature=NAN)),

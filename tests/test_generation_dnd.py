@@ -1,5 +1,6 @@
 """Proves generate(): cached decoding against whole prefixes, the distributions it samples, generators, the cache."""
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -57,7 +58,8 @@ def regenerate(model, class_labels, scale, uniforms=None, **filters) -> torch.Te
     flat = codes.view(len(class_labels), -1, config.code_depth)
     for cell in range(flat.shape[1]):
         for k in range(config.code_depth):
-            logits = guided_logits(model, class_labels, codes, scale)[:, cell, k]
+            at_cell = scale[cell] if isinstance(scale, list) else scale
+            logits = guided_logits(model, class_labels, codes, at_cell)[:, cell, k]
             if uniforms is None:
                 flat[:, cell, k] = logits.argmax(-1)
             else:
@@ -92,6 +94,28 @@ def test_guidance_is_null_plus_scaled_difference(scale, make_model):
         assert (guided == guided[:1]).all()
     else:
         assert not torch.equal(guided, model.generate(class_labels, guidance_scale=1.0, do_sample=False))
+
+
+@pytest.mark.parametrize(
+    ("settings", "scales"),
+    [
+        ({"guidance_schedule": "linear"}, [1 + 6 * t / 6 for t in range(6)]),
+        (
+            {"guidance_schedule": "power-cosine", "guidance_power": 1},
+            [4 - 3 * math.cos(t * math.pi / 6) for t in range(6)],
+        ),
+        ({"guidance_schedule": "power-cosine"}, [4 - 3 * math.cos(math.pi * (t / 6) ** 2.75) for t in range(6)]),
+        ({"guidance_schedule": "constant", "guidance_power": 3}, [7] * 6),
+    ],
+)
+def test_guidance_grows_as_its_schedule_says(settings, scales, make_model):
+    model, class_labels = make_model(), torch.arange(4)
+    guided = model.generate(class_labels, guidance_scale=7.0, do_sample=False, **settings)
+    assert torch.equal(guided, regenerate(model, class_labels, scales))
+    model.generation_config.update(guidance_scale=7.0)
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    assert torch.equal(model.generate(class_labels, do_sample=False), guided)
 
 
 def test_draw_takes_the_first_code_whose_cumulative_probability_exceeds_the_uniform():

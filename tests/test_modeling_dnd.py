@@ -5,9 +5,12 @@ import math
 import pytest
 import torch
 from scipy.stats import binomtest
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import Trainer, TrainingArguments
 
-from dnd_hf import DnDForImageGeneration
+from dnd_hf import DnDForImageGeneration, modeling_dnd
 from dnd_hf.modeling_dnd import DropPath
 
 
@@ -190,6 +193,45 @@ def test_without_labels_there_is_no_loss_and_a_tuple_comes_on_request(make_model
     assert loss.shape == () and depth_losses.shape == (2,)
 
 
+class LargestTensor(TorchDispatchMode):
+    """Inside, `numel` is the most elements that any result of an operation had."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor))])
+        return result
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_loss_without_logits_is_the_same_in_small_pieces(mode, tied, make_model, make_inputs, monkeypatch):
+    model = make_model(depth_mode=mode, vocab_size=300, tie_prediction_heads=tied)
+    labels, codes = make_inputs(model, batch=5)
+    targets = codes.masked_fill(codes == codes[0, 0, 0, 0], -100)
+    results = []
+    for options in ({}, {"output_logits": False}):
+        monkeypatch.setattr(modeling_dnd, "LOGITS_AT_ONCE", 7 * 300)
+        model.zero_grad()
+        with LargestTensor() as largest:
+            output = model(labels, codes, labels=targets, **options)
+            output.loss.backward()
+        results.append((output, largest.numel, [parameter.grad for parameter in model.parameters()]))
+    (plain, at_once, gradients), (pieced, at_a_time, others) = results
+    assert pieced.logits is None
+    torch.testing.assert_close(pieced.depth_losses, plain.depth_losses, rtol=1e-6, atol=0)
+    torch.testing.assert_close(others, gradients, rtol=1e-5, atol=1e-7)
+    weights = max(parameter.numel() for parameter in model.parameters())
+    assert at_once >= 5 * 6 * 300 and at_a_time <= max(7 * 300, weights) < at_once
+
+
+def test_neither_loss_nor_logits_is_refused(make_model, make_inputs):
+    model = make_model()
+    with pytest.raises(ValueError, match="output_logits"):
+        model(*make_inputs(model), output_logits=False)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_new_model_has_the_loss_of_a_uniform_guess(mode, make_config, make_inputs):
     model = DnDForImageGeneration(make_config(depth_mode=mode))
@@ -345,9 +387,12 @@ def test_the_whole_forward_pass_compiles_as_one_graph(make_model, make_inputs):
     model = make_model()
     labels, codes = make_inputs(model)
     expected = model(labels, codes, labels=codes)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")(labels, codes, labels=codes)
-    torch.testing.assert_close(compiled.logits, expected.logits, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(compiled.loss, expected.loss, rtol=1e-6, atol=0)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    output = compiled(labels, codes, labels=codes)
+    torch.testing.assert_close(output.logits, expected.logits, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(output.loss, expected.loss, rtol=1e-6, atol=0)
+    output = compiled(labels, codes, labels=codes, output_logits=False)
+    torch.testing.assert_close(output.loss, expected.loss, rtol=1e-6, atol=0)
 
 
 def test_trainer_of_transformers_trains_it(make_model, make_inputs, tmp_path):
