@@ -3,26 +3,62 @@
 python examples/extract_codes.py --dataset_name words --num_train_images 50000 --vqvae rqvae-words --output_dir codes
 accelerate launch examples/extract_codes.py --dataset_name photos --ten_crop --vqvae rqvae --output_dir codes-photos
 
-Each process encodes its share of the pictures in their order; no picture is lost or doubled. Codes are computed in
-float32, whatever the hardware prefers, because rounding changes them.
+The same command goes on where the last one was stopped, however it was. In the end every picture is there exactly once,
+in the order of the source, except for broken ones, which `broken_images.jsonl` lists. Codes are computed in float32,
+whatever the hardware prefers, because rounding changes them.
 """
 
-import shutil
-from collections.abc import Iterator
+import hashlib
+import logging
+from collections import defaultdict
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from dnd_hf import RQVAE
-from dnd_hf.data.codes import MAX_VOCAB_SIZE, codes_features, join_codes, write_codes
-from dnd_hf.data.images import ImageTransform, TenCrop, as_size, check_stride, collate_images
+from dnd_hf.data.codes import MAX_VOCAB_SIZE, CodesWriter, ShardReader, codes_features
+from dnd_hf.data.images import (
+    BrokenImageError,
+    ImageDataset,
+    ImageStream,
+    ImageTransform,
+    TenCrop,
+    WithMirrorImage,
+    as_size,
+    check_broken_share,
+    check_stride,
+)
 from dnd_hf.training.arguments import ImageArguments, parse_arguments
+
+
+logger = logging.getLogger(__name__)
+
+DATA_OPTIONS = (
+    "dataset_name",
+    "dataset_config_name",
+    "dataset_split",
+    "image_column",
+    "label_column",
+    "num_train_images",
+    "streaming",
+    "seed",
+    "ten_crop",
+    "with_mirror_image",
+    "crop_range",
+    "shard_size",
+)
+"""Options that decide which rows there are; an extraction goes on only where all of them are the same."""
+
+PRESUMED_STREAM_LENGTH = 10_000
+"""Until more of a stream's pictures, or all, have been read, broken ones are judged as a share of this many."""
 
 
 @dataclass
@@ -35,62 +71,143 @@ class ExtractionArguments(ImageArguments):
     ten_crop: bool = HfArg(
         default=False, help="Ten rows a picture: four corners, the center, and their mirror images; not for text."
     )
-    crop_range: float = HfArg(default=1.1, help="For --ten_crop: the picture first covers this many times its size.")
-    batch_size: int = HfArg(default=32, help="Pictures a forward pass, for each process.")
+    with_mirror_image: bool = HfArg(
+        default=False, help="Two rows a picture, one mirrored; --ten_crop has them already."
+    )
+    crop_range: float | None = HfArg(
+        default=None,
+        help="Pictures first cover this many times their size, then are cropped; default: 1.1 with --ten_crop, else 1.",
+    )
+    batch_size: int = HfArg(default=64, help="Pictures, counting crops, of a forward pass of each process.")
+    shard_size: int = HfArg(
+        default=1024, help="Pictures a file of codes; a stop loses what is unfinished: one file a worker."
+    )
 
     def __post_init__(self):
         for name in ("dataset_name", "vqvae", "output_dir"):
             if getattr(self, name) is None:
                 raise ValueError(f"--{name} is needed.")
-        if self.batch_size < 1:
-            raise ValueError(f"--batch_size must be positive, got {self.batch_size}.")
-        if Path(self.output_dir, "dataset_info.json").exists():
-            raise ValueError(f"--output_dir {self.output_dir} holds a data set already.")
+        for name in ("batch_size", "shard_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be positive, got {getattr(self, name)}.")
+        if self.ten_crop and self.with_mirror_image:
+            raise ValueError("--ten_crop has the mirror images already: leave --with_mirror_image out.")
+        self.check_images(streamable=True)
+        if self.crop_range is None:
+            self.crop_range = 1.1 if self.ten_crop else 1.0
+        folder = Path(self.output_dir)
+        if (folder / "dataset_info.json").exists() and not (folder / "extraction.json").exists():
+            raise ValueError(f"--output_dir {self.output_dir} holds another data set.")
+
+    @property
+    def num_crops(self) -> int:
+        """Rows a picture."""
+        return 10 if self.ten_crop else 2 if self.with_mirror_image else 1
+
+    def transform(self, size: tuple[int, int]) -> ImageTransform | WithMirrorImage | TenCrop:
+        """What makes one or more crops of `size` of a picture."""
+        if self.ten_crop:
+            return TenCrop(size, self.crop_range)
+        transform = ImageTransform(size, crop_range=self.crop_range)
+        return WithMirrorImage(transform) if self.with_mirror_image else transform
+
+
+def fingerprint(vae: RQVAE) -> str:
+    """A hash of the tokenizer's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @torch.inference_mode()
-def encode(vae: RQVAE, loader: DataLoader, first_image: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Codes, labels and image indices of each batch; several crops of a picture become several rows."""
+def encode(vae: RQVAE, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, labels and image indices of a batch; several crops of a picture become several rows."""
+    pixels, labels, image_index = batch["pixel_values"], batch["labels"], batch["image_index"]
+    crops = pixels.shape[1] if pixels.ndim == 5 else 1
+    codes = vae.encode(pixels.view(-1, *pixels.shape[-3:]).to(vae.device, non_blocking=True)).codes
+    return codes.int().cpu(), labels.repeat_interleave(crops), image_index.repeat_interleave(crops)
+
+
+def check_broken(shards: dict, num_images: int, max_broken_share: float) -> tuple[int, int]:
+    """Pictures of the shards, and how many are broken; RuntimeError for more than a share of these or `num_images`."""
+    seen = sum(note["num_images"] for note in shards.values())
+    broken = [picture for note in shards.values() for picture in note["broken"]]
+    if broken:
+        example = str(BrokenImageError(**broken[-1]))
+        check_broken_share(len(broken), max(seen, num_images), max_broken_share, example)
+    return seen, len(broken)
+
+
+def extract(args: ExtractionArguments, vae: RQVAE, dataset: ImageDataset | ImageStream, writer: CodesWriter) -> None:
+    """Writes the shards that are missing, each process its own."""
+    state = PartialState()
+    num_images = len(dataset) if isinstance(dataset, ImageDataset) else PRESUMED_STREAM_LENGTH
+    (shards,) = broadcast_object_list([writer.shards()])
+    missing = dict.fromkeys(range(dataset.num_parts(args.shard_size)), 0)
+    for (part, shard), note in shards.items():
+        missing[part] = None if note["last"] else shard + 1
+    parts = [(part, shard) for part, shard in missing.items() if shard is not None]
+    parts = parts[state.process_index :: state.num_processes]
+
+    loader = DataLoader(
+        ShardReader(dataset, parts, args.shard_size, max(1, args.batch_size // args.num_crops)),
+        batch_size=None,
+        num_workers=min(args.dataloader_num_workers, len(parts)),
+        pin_memory=state.device.type == "cuda",
+    )
+    rows, broken = defaultdict(list), defaultdict(list)
+    progress = tqdm(unit=" pictures", disable=not state.is_main_process)
     for batch in loader:
-        pixels, labels = batch["pixel_values"], batch["labels"]
-        image_index = torch.arange(first_image, first_image + len(labels))
-        first_image += len(labels)
-        crops = pixels.shape[1] if pixels.ndim == 5 else 1
-        codes = vae.encode(pixels.view(-1, *pixels.shape[-3:]).to(vae.device)).codes
-        yield codes, labels.repeat_interleave(crops), image_index.repeat_interleave(crops)
+        part = batch["part"]
+        if "shard" in batch:
+            note = writer.write(part, batch["shard"], batch["last"], rows.pop(part, []), broken.pop(part, []))
+            shards[part, batch["shard"]] = note
+            check_broken(shards, num_images, args.max_broken_share)
+            continue
+        for picture in batch["broken"]:
+            logger.warning("%s; it is left out.", BrokenImageError(**picture))
+        broken[part] += batch["broken"]
+        if "labels" in batch:
+            rows[part].append(encode(vae, batch))
+            progress.update(len(batch["labels"]))
+    progress.close()
+
+    state.wait_for_everyone()
+    if state.is_main_process:
+        seen, num_broken = check_broken(writer.shards(), 0, args.max_broken_share)
+        if seen == num_broken:
+            raise ValueError(f"{args.dataset_name} has no pictures.")
+        vae.save_pretrained(writer.path / "vqvae")
+        writer.finish()
+        print(f"{args.output_dir}: codes of {seen - num_broken} pictures, {num_broken} broken ones left out.")
 
 
 def main(args: ExtractionArguments) -> None:
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    # At the end processes wait for the slowest, longer than for a connection that is broken.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
     torch.backends.cudnn.allow_tf32 = False
     vae = RQVAE.from_pretrained(args.vqvae).to(state.device).eval()
     if vae.config.num_vq_embeddings > MAX_VOCAB_SIZE:
         raise ValueError(f"codes are stored in 16 bits; the codebook has {vae.config.num_vq_embeddings} entries.")
     size = as_size(args.sample_size or vae.config.sample_size)
     check_stride(size, vae.code_stride)
-    dataset = args.load_images(TenCrop(size, args.crop_range) if args.ten_crop else ImageTransform(size))
-    shape = (size[0] // vae.code_stride[0], size[1] // vae.code_stride[1], vae.config.code_depth)
+    dataset = args.load_images(args.transform(size))
 
-    first, end = (len(dataset) * rank // state.num_processes for rank in (state.process_index, state.process_index + 1))
-    loader = DataLoader(
-        Subset(dataset, range(first, end)),
-        args.batch_size,
-        collate_fn=collate_images,
-        num_workers=args.dataloader_num_workers,
-    )
-    output_dir = Path(args.output_dir)
-    shards = output_dir / "unfinished"
-    if state.is_main_process:
-        shutil.rmtree(shards, ignore_errors=True)
-        shards.mkdir(parents=True)
-    state.wait_for_everyone()
-    batches = encode(vae, tqdm(loader, unit="batch", disable=not state.is_main_process), first)
-    write_codes(shards / f"{state.process_index:05d}.arrow", codes_features(shape, dataset.class_names), batches)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        join_codes(shards, output_dir)
-        vae.save_pretrained(output_dir / "vqvae")
-        print(f"{args.output_dir}: codes of {len(dataset)} pictures, {shape[0]} x {shape[1]} x {shape[2]} each.")
+    shape = (size[0] // vae.code_stride[0], size[1] // vae.code_stride[1], vae.config.code_depth)
+    settings = {name: getattr(args, name) for name in DATA_OPTIONS} | {
+        "sample_size": size,
+        "num_images": len(dataset) if isinstance(dataset, ImageDataset) else None,
+        "num_parts": dataset.num_parts(args.shard_size),
+        "class_names": dataset.class_names,
+        "vqvae": fingerprint(vae),
+    }
+    with state.main_process_first():
+        writer = CodesWriter(args.output_dir, codes_features(shape, dataset.class_names), settings)
+    if writer.is_complete:
+        print(f"{args.output_dir} is complete already.")
+    else:
+        extract(args, vae, dataset, writer)
     state.wait_for_everyone()
     state.destroy_process_group()
 

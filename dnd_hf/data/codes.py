@@ -1,21 +1,32 @@
 """Datasets of codes: what a tokenizer makes of pictures, stored once and read from disk while training.
 
-A codes folder is a `datasets` data set, written by `save_to_disk`, with the columns `codes` (height x width x depth,
-uint16), `label` (a ClassLabel that knows the names) and `image_index` (the picture a row was made from); the tokenizer
-itself lies beside it in the folder `vqvae`, so that codes and decoder cannot be confused.
+A codes folder is a `datasets` data set in the layout of `save_to_disk`, with the columns `codes` (height x width x
+depth, uint16), `label` (a ClassLabel that knows the names) and `image_index` (the picture a row was made from); the
+tokenizer itself lies beside it in the folder `vqvae`, so that codes and decoder cannot be confused.
+
+It is written shard by shard ([`CodesWriter`]). A shard gets its name when it is complete and is never touched again, so
+an extraction can be killed and go on; `dataset_info.json` comes last and says that the folder is complete.
 """
 
+import json
+import reprlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice, takewhile
 from pathlib import Path
+from uuid import uuid4
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import torch
 from datasets import ClassLabel, Features, List, Value
-from datasets.arrow_writer import ArrowWriter
+from datasets.fingerprint import generate_random_fingerprint
 from torch import Tensor
+
+from .images import BrokenImageError, ImageDataset, ImageStream, collate_images
 
 
 MAX_VOCAB_SIZE = 2**16
@@ -30,35 +41,164 @@ def codes_features(shape: tuple[int, int, int], class_names: list[str]) -> Featu
     return Features({"codes": codes, "label": ClassLabel(names=class_names), "image_index": Value("int64")})
 
 
-def write_codes(path: str | Path, features: Features, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
-    """Writes one Arrow file of a codes dataset.
+@dataclass
+class ShardReader(torch.utils.data.IterableDataset):
+    """Batches of the pictures of an extraction, in the order of its shards; worker processes share the parts.
+
+    A part of the source (see `read` of [`ImageDataset`] and [`ImageStream`]) becomes shards 0, 1, ... of `shard_size`
+    pictures each, the last one smaller. Batches do not cross shards, so a shard's codes do not depend on where an
+    extraction was interrupted.
 
     Args:
-        path: the file.
+        dataset: the pictures.
+        parts: (part, its first shard that is missing), what to read.
+        shard_size, batch_size: pictures of a shard and of a batch.
+
+    Items are dicts of the `part` and either
+
+    - `broken`, the attributes of each [`BrokenImageError`], and, unless all are broken, `pixel_values`
+      `(batch, [crops,] 3, H, W)`, `labels` and `image_index` `(batch,)`; or
+    - `shard`, whose batches are complete, and `last`, whether it is the last one of the part.
+    """
+
+    dataset: ImageDataset | ImageStream
+    parts: list[tuple[int, int]]
+    shard_size: int
+    batch_size: int
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = torch.utils.data.get_worker_info()
+        for part, shard in self.parts[worker.id :: worker.num_workers] if worker else self.parts:
+            pictures = self.dataset.read(part, self.shard_size, shard * self.shard_size)
+            following = next(pictures, None)
+            while following is not None:
+                rest = chain([following], islice(pictures, self.shard_size - 1))
+                while batch := list(islice(rest, self.batch_size)):
+                    yield {"part": part, **self._collate(batch)}
+                following = next(pictures, None)
+                yield {"part": part, "shard": shard, "last": following is None}
+                shard += 1
+
+    def _collate(self, pictures: list[tuple[int, dict]]) -> dict:
+        items, image_index, broken = [], [], []
+        for index, item in pictures:
+            try:
+                items.append(self.dataset.prepare(index, item))
+                image_index.append(index)
+            except BrokenImageError as error:
+                broken.append(vars(error))
+        batch = collate_images(items) | {"image_index": torch.tensor(image_index)} if items else {}
+        return {"broken": broken, **batch}
+
+
+class CodesWriter:
+    """Writes a codes folder, by any number of processes, as often interrupted as it may be.
+
+    Args:
+        path: the folder.
         features: see [`codes_features`].
-        batches: codes `(batch, height, width, depth)` in [0, 65535], labels `(batch,)`, image indices `(batch,)`.
+        settings: all that the codes depend on, as JSON; an interrupted extraction goes on with the same alone.
 
     Raises:
-        ValueError: a code outside [0, 65535].
+        ValueError: the folder holds an extraction with other settings, or another data set.
     """
-    with ArrowWriter(path=str(path), features=features) as writer:
-        for codes, labels, image_index in batches:
+
+    def __init__(self, path: str | Path, features: Features, settings: dict):
+        self.path, self.features = Path(path), features
+        file, settings = self.path / "extraction.json", json.loads(json.dumps(settings))
+        if file.exists():
+            earlier = json.loads(file.read_text())
+            differences = [
+                f"{name} was {reprlib.repr(earlier.get(name))} and is {reprlib.repr(settings.get(name))}"
+                for name in settings | earlier
+                if earlier.get(name) != settings.get(name)
+            ]
+            if differences:
+                raise ValueError(f"{path} holds codes of another extraction: {'; '.join(differences)}.")
+        elif self.is_complete:
+            raise ValueError(f"{path} holds a data set already.")
+        else:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with _renamed_when_whole(file) as unfinished:
+                unfinished.write_text(json.dumps(settings, indent=2))
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether [`finish`] has been here."""
+        return (self.path / "dataset_info.json").exists()
+
+    def write(
+        self, part: int, shard: int, last: bool, batches: list[tuple[Tensor, Tensor, Tensor]], broken: list[dict]
+    ) -> dict:
+        """Writes one shard: shards of a part in their order, parts in any. Returns what [`shards`] says of it.
+
+        Args:
+            part, shard: its place; a folder's rows are in the order of (part, shard).
+            last: whether the part ends here.
+            batches: codes `(batch, height, width, depth)` in [0, 65535], labels `(batch,)`, image indices `(batch,)`.
+            broken: of each picture that has no rows, its "index", "name" and "reason".
+
+        Raises:
+            ValueError: a code outside [0, 65535].
+        """
+        schema = self.features.arrow_schema
+        table, num_images = schema.empty_table(), len(broken)
+        if batches:
+            codes, labels, image_index = (torch.cat(column) for column in zip(*batches))
             low, high = codes.aminmax()
             if low < 0 or high >= MAX_VOCAB_SIZE:
                 raise ValueError(f"codes must lie in [0, {MAX_VOCAB_SIZE}), got {low} to {high}.")
-            column = pa.array(codes.cpu().numpy().astype(np.uint16).reshape(-1))
+            column = pa.array(codes.numpy().astype(np.uint16).reshape(-1))
             for length in reversed(codes.shape[1:]):
                 column = pa.FixedSizeListArray.from_arrays(column, length)
-            columns = [column, pa.array(labels.cpu().numpy()), pa.array(image_index.cpu().numpy())]
-            writer.write_table(pa.Table.from_arrays(columns, schema=features.arrow_schema))
-        writer.finalize()
+            columns = [column, pa.array(labels.numpy()), pa.array(image_index.numpy())]
+            table, num_images = pa.Table.from_arrays(columns, schema=schema), num_images + len(image_index.unique())
+        note = {"last": last, "num_images": num_images, "broken": broken}
+        table = table.replace_schema_metadata({**schema.metadata, "dnd_hf": json.dumps(note)})
+        with (
+            _renamed_when_whole(self.path / f"data-{part:05d}-{shard:05d}.arrow") as unfinished,
+            pa.OSFile(str(unfinished), "wb") as file,
+            pa.ipc.new_stream(file, table.schema) as writer,
+        ):
+            writer.write_table(table)
+        return note
+
+    def shards(self) -> dict[tuple[int, int], dict]:
+        """(part, shard) -> its "last", "num_images" and "broken", for each shard there is, in order."""
+        shards = {}
+        for path in self.path.glob("data-*.arrow"):
+            _, part, shard = path.stem.split("-")
+            with pa.ipc.open_stream(str(path)) as reader:
+                shards[int(part), int(shard)] = json.loads(reader.schema.metadata[b"dnd_hf"])
+        return dict(sorted(shards.items()))
+
+    def finish(self) -> None:
+        """Makes one dataset of all shards as they lie, and lists broken pictures in `broken_images.jsonl`."""
+        shards = self.shards()
+        broken = [json.dumps(picture) + "\n" for note in shards.values() for picture in note["broken"]]
+        (self.path / "broken_images.jsonl").write_text("".join(broken))
+        # The library describes a dataset without rows, whose description fits the shards too.
+        folder = self.path / "unfinished"
+        empty = datasets.Dataset.from_dict({name: [] for name in self.features}, features=self.features)
+        empty.save_to_disk(folder)
+        state = json.loads((folder / "state.json").read_text()) | {
+            "_data_files": [{"filename": f"data-{part:05d}-{shard:05d}.arrow"} for part, shard in shards],
+            "_fingerprint": generate_random_fingerprint(),
+        }
+        (self.path / "state.json").write_text(json.dumps(state, indent=2))
+        (folder / "dataset_info.json").replace(self.path / "dataset_info.json")
+        shutil.rmtree(folder)
+        for path in self.path.glob("*.unfinished"):
+            path.unlink(missing_ok=True)
 
 
-def join_codes(folder: str | Path, output_dir: str | Path) -> None:
-    """Makes one codes dataset in `output_dir` of the Arrow files in `folder`, by name, and deletes that folder."""
-    shards = [datasets.Dataset.from_file(str(path)) for path in sorted(Path(folder).glob("*.arrow"))]
-    datasets.concatenate_datasets(shards).save_to_disk(output_dir)
-    shutil.rmtree(folder)
+@contextmanager
+def _renamed_when_whole(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, which becomes `path` at the end."""
+    # A name of its own, because processes of a run whose launcher was killed may still be writing.
+    unfinished = path.with_name(f"{path.name}.{uuid4().hex}.unfinished")
+    yield unfinished
+    unfinished.replace(path)
 
 
 class CodesDataset(torch.utils.data.Dataset):
@@ -68,11 +208,13 @@ class CodesDataset(torch.utils.data.Dataset):
         path: the folder; its tokenizer is `path/vqvae`.
 
     Raises:
-        ValueError: the folder holds no codes dataset.
+        ValueError: the folder holds no codes dataset, or an unfinished one.
     """
 
     def __init__(self, path: str | Path):
         if not Path(path, "dataset_info.json").exists():
+            if Path(path, "extraction.json").exists():
+                raise ValueError(f"{path} is unfinished: start examples/extract_codes.py again as before.")
             raise ValueError(f"{path} holds no codes dataset; examples/extract_codes.py makes one.")
         rows = datasets.load_from_disk(str(path))
         if "codes" not in rows.column_names:
@@ -81,7 +223,10 @@ class CodesDataset(torch.utils.data.Dataset):
         feature, self.shape = rows.features["codes"], ()
         while isinstance(feature, List):
             feature, self.shape = feature.feature, (*self.shape, feature.length)
-        self.crops_per_image = len(rows) // (rows[-1]["image_index"] + 1)
+        # Each picture has equally many rows, one behind the other; numbers are missing where pictures were broken.
+        images = rows.select_columns("image_index")
+        first = images[0]["image_index"]
+        self.crops_per_image = sum(1 for _ in takewhile(lambda row: row["image_index"] == first, images))
         # Rows stay Arrow tables: turning nested lists into arrays would cost thirty times the reading.
         self.rows = rows.with_format("arrow", columns=["codes", "label"])
 

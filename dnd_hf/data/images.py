@@ -1,16 +1,23 @@
 """Image sources to tensors: any source of the `datasets` library, a local folder, or the rendered `words`."""
 
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+import fsspec
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from .words import WordImages
+
+
+logger = logging.getLogger(__name__)
 
 
 def as_size(resolution: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
@@ -48,16 +55,24 @@ def resize_to_cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
 
 
+def covering_size(resolution: tuple[int, int], crop_range: float) -> tuple[int, int]:
+    """(height, width) of the picture that crops of `resolution` are cut from; ValueError for a range below 1."""
+    if crop_range < 1:
+        raise ValueError(f"`crop_range` must be at least 1, got {crop_range}.")
+    return int(resolution[0] * crop_range), int(resolution[1] * crop_range)
+
+
 class ImageTransform:
     """Picture of any size and mode -> `(3, H, W)` float32 in [-1, 1].
 
-    The picture is resized until it just covers `resolution`, cropped to it and perhaps mirrored. Random choices come
-    from torch's global generator.
+    The picture is resized until it just covers `crop_range` times `resolution`, cropped and perhaps mirrored. Random
+    choices come from torch's global generator.
 
     Args:
         resolution: height and width of the result, pixels; one number for a square.
-        crop: which part remains where the proportions differ.
+        crop: which part remains.
         random_flip: mirror left and right in half of the cases; wrong for pictures of text.
+        crop_range: at least 1; above it the edges are cropped too. The range of arXiv 2410.01912 is 1.1.
     """
 
     def __init__(
@@ -65,15 +80,17 @@ class ImageTransform:
         resolution: int | tuple[int, int],
         crop: Literal["center", "random"] = "center",
         random_flip: bool = False,
+        crop_range: float = 1.0,
     ):
         if crop not in ("center", "random"):
             raise ValueError(f"`crop` must be 'center' or 'random', got {crop!r}.")
         self.resolution = as_size(resolution)
+        self.covering_size = covering_size(self.resolution, crop_range)
         self.crop, self.random_flip = crop, random_flip
 
     def __call__(self, image: Image.Image) -> Tensor:
         height, width = self.resolution
-        image = resize_to_cover(image.convert("RGB"), self.resolution)
+        image = resize_to_cover(image.convert("RGB"), self.covering_size)
         room = (image.height - height, image.width - width)
         if self.crop == "center":
             top, left = (space // 2 for space in room)
@@ -85,34 +102,52 @@ class ImageTransform:
         return to_pixels(image)
 
 
+class WithMirrorImage:
+    """Picture -> `(2, 3, H, W)` float32 in [-1, 1]: what `transform` makes of it, and the mirror image of that."""
+
+    def __init__(self, transform: ImageTransform):
+        self.transform, self.resolution = transform, transform.resolution
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        pixels = self.transform(image)
+        return torch.stack([pixels, pixels.flip(-1)])
+
+
 class TenCrop:
     """Picture -> `(10, 3, H, W)` float32 in [-1, 1]: four corners, the center, and the mirror images of these five.
 
-    The augmentation under which arXiv 2410.01912 extracts codes: the picture first covers `crop_range` times
-    `resolution`.
+    The augmentation under which arXiv 2410.01912 extracts codes: the crops are cut from the center of the picture,
+    `crop_range` times as high and wide as `resolution`.
     """
 
     def __init__(self, resolution: int | tuple[int, int], crop_range: float = 1.1):
-        if crop_range < 1:
-            raise ValueError(f"`crop_range` must be at least 1, got {crop_range}.")
-        self.resolution, self.crop_range = as_size(resolution), crop_range
+        self.resolution = as_size(resolution)
+        self.center = ImageTransform(covering_size(self.resolution, crop_range))
 
     def __call__(self, image: Image.Image) -> Tensor:
         height, width = self.resolution
-        image = resize_to_cover(image.convert("RGB"), (int(height * self.crop_range), int(width * self.crop_range)))
-        bottom, right = image.height - height, image.width - width
+        pixels = self.center(image)
+        bottom, right = pixels.shape[1] - height, pixels.shape[2] - width
         corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2)]
-        pixels = to_pixels(image)
         crops = torch.stack([pixels[:, top : top + height, left : left + width] for top, left in corners])
         return torch.cat([crops, crops.flip(-1)])
 
 
+class BrokenImageError(Exception):
+    """A picture that cannot be decoded: its `index` in the source, its `name` if it is a file, and the `reason`."""
+
+    def __init__(self, index: int, name: str | None, reason: str):
+        super().__init__(f"picture {index}{f' ({name})' if name else ''} is broken: {reason}")
+        self.index, self.name, self.reason = index, name, reason
+
+
 @dataclass
-class ImageDataset(torch.utils.data.Dataset):
-    """Map-style dataset of `{"pixel_values": transform(image), "label": int}` over a source of pictures.
+class ImageSource:
+    """Pictures with labels, and what makes tensors of them.
 
     Args:
-        source: indexable; items are dicts of a PIL picture and, where `label_column` is given, an int label.
+        source: its items are dicts of a picture (PIL's, or not yet decoded as in `datasets.Image(decode=False)`) and,
+            where `label_column` is given, a label: an integer, or a string of `class_names`.
         transform: [`ImageTransform`], [`TenCrop`] or another function of one picture.
         class_names: name of each label; without labels there is one class.
         image_column, label_column: keys of the source's items; `label_column=None`: every label is 0.
@@ -124,65 +159,214 @@ class ImageDataset(torch.utils.data.Dataset):
     image_column: str = "image"
     label_column: str | None = "label"
 
+    def __post_init__(self):
+        self._label_of_name = {name: label for label, name in enumerate(self.class_names)}
+
+    def prepare(self, index: int, item: dict) -> dict:
+        """`{"pixel_values": transform(image), "label": int}` of item `index` of the source.
+
+        Raises:
+            BrokenImageError: the picture cannot be decoded.
+            ValueError: it has no label, or none of the classes.
+        """
+        label = item[self.label_column] if self.label_column else 0
+        number = self._label_of_name.get(label) if isinstance(label, str) else label
+        if number is None or not 0 <= number < len(self.class_names):
+            raise ValueError(
+                f"picture {index} has the label {label!r} in {self.label_column!r}, which is none of the"
+                f" {len(self.class_names)} classes; choose another split or column."
+            )
+        value = item[self.image_column]
+        if isinstance(value, dict) and value.get("bytes") is None and "://" in (value.get("path") or ""):
+            with fsspec.open(value["path"]) as file:  # a failing connection does not make a picture broken
+                value = {**value, "bytes": file.read()}
+        try:
+            if value is None:
+                raise ValueError("there is no picture")
+            image = value if isinstance(value, Image.Image) else datasets.Image().decode_example(value)
+            image = ImageOps.exif_transpose(image)
+        except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to
+            name = value.get("path") if isinstance(value, dict) else None
+            raise BrokenImageError(index, name, f"{type(error).__name__}: {error}") from error
+        return {"pixel_values": self.transform(image), "label": int(number)}
+
+
+class ImageDataset(ImageSource, torch.utils.data.Dataset):
+    """Map-style dataset of [`ImageSource`]'s items over an indexable source."""
+
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict:
-        item = self.source[index]
-        image = ImageOps.exif_transpose(item[self.image_column])
-        label = item[self.label_column] if self.label_column else 0
-        return {"pixel_values": self.transform(image), "label": int(label)}
+        return self.prepare(index, self.source[index])
+
+    def num_parts(self, part_size: int) -> int:
+        """Into how many parts of `part_size` pictures (the last may be smaller) [`read`] divides the source."""
+        return -(-len(self) // part_size)
+
+    def read(self, part: int, part_size: int, first: int = 0) -> Iterator[tuple[int, dict]]:
+        """(index, item for `prepare`) of each picture of a part, from the part's picture `first`."""
+        end = min((part + 1) * part_size, len(self))
+        return ((index, self.source[index]) for index in range(part * part_size + first, end))
+
+
+class ImageStream(ImageSource):
+    """Pictures that arrive in a fixed order, file by file, and are not kept: an `IterableDataset` of `datasets`."""
+
+    def num_parts(self, part_size: int) -> int:
+        """Number of the source's files (its `num_shards`), whatever `part_size`: what can be read independently."""
+        return self.source.num_shards
+
+    def read(self, part: int, part_size: int, first: int = 0) -> Iterator[tuple[int, dict]]:
+        """(index, item for `prepare`) of each picture of a part; indices are `part * 2^32 +` the place in the part."""
+        # `iter`, because a plain loop would divide the pictures among the workers of a DataLoader a second time.
+        batches = self.source.shard(self.source.num_shards, part).iter(batch_size=16)
+        items = (dict(zip(batch, values)) for batch in batches for values in zip(*batch.values()))
+        return islice(enumerate(items, part << 32), first, None)
+
+
+class ReplaceBrokenImages(torch.utils.data.Dataset):
+    """An [`ImageDataset`], or part of one, with the next picture in the place of each that is broken.
+
+    An item remains a function of its index. Each broken picture is logged once, and counted over the worker processes
+    of one DataLoader.
+
+    Args:
+        dataset: map-style; its items raise [`BrokenImageError`].
+        max_broken_share: in [0, 1].
+        num_images: of the whole data set, which the share refers to; default: the length of `dataset`.
+
+    Raises:
+        RuntimeError: while reading, once more than this share has turned out to be broken.
+    """
+
+    def __init__(self, dataset: torch.utils.data.Dataset, max_broken_share: float, num_images: int | None = None):
+        self.dataset, self.max_broken_share, self.num_images = dataset, max_broken_share, num_images or len(dataset)
+        self.broken = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        for place in chain(range(index, len(self)), range(index)):
+            if self.broken[place]:
+                continue
+            try:
+                return self.dataset[place]
+            except BrokenImageError as error:
+                self.broken[place] = True
+                logger.warning("%s; another takes its place.", error)
+                check_broken_share(int(self.broken.sum()), self.num_images, self.max_broken_share, str(error))
+        raise RuntimeError("every picture is broken.")
+
+
+def check_broken_share(num_broken: int, num_images: int, max_broken_share: float, example: str) -> None:
+    """Raises RuntimeError, with one broken picture as an example, where too large a share of the pictures is broken."""
+    if num_broken > max_broken_share * num_images:
+        raise RuntimeError(
+            f"{num_broken} of {num_images} pictures are broken, more than --max_broken_share {max_broken_share}"
+            f" allows; for example, {example}"
+        )
 
 
 def load_image_dataset(
     name: str,
-    transform: ImageTransform | TenCrop,
+    transform: ImageTransform | WithMirrorImage | TenCrop,
     split: str = "train",
     config_name: str | None = None,
     image_column: str = "image",
     label_column: str | None = "label",
     num_images: int | None = None,
     seed: int = 0,
-) -> ImageDataset:
+    streaming: bool = False,
+) -> ImageDataset | ImageStream:
     """Opens a source of labelled pictures.
 
     Args:
         name: `words` (rendered while training, [`WordImages`] at the transform's resolution), a data set on the Hub, a
-            folder of pictures (one subfolder a class), of parquet files, or one written by `save_to_disk`.
+            folder of pictures (one subfolder a class) or of parquet files, one parquet file (or a pattern such as
+            `data/*.parquet`), or a folder written by `save_to_disk`.
         transform: what makes tensors of its pictures.
         split, config_name: as in `datasets.load_dataset`.
-        image_column, label_column: its columns; labels may be integers or strings. A source without the label column
-            has one class.
+        image_column, label_column: its columns; labels may be integers or strings. `None`, or a source without the
+            column "label": there is one class.
         num_images: how many `words` to render (default 100,000); of another source, how many to draw.
         seed: of the words, or of the draw.
+        streaming: read the source as it arrives instead of downloading it whole. Its labels must be a ClassLabel:
+            nothing else says beforehand which classes there are.
 
     Raises:
-        ValueError: no such column, no such split, or fewer than `num_images` pictures.
+        ValueError: no such split, no pictures in it or fewer than `num_images`; no such column, or none of pictures or
+            of labels; a picture without a label (-1 or None); a stream where there can be none.
     """
     columns = {"image_column": image_column, "label_column": label_column}
+    saved = next((path for path in (Path(name), Path(name, split)) if (path / "dataset_info.json").exists()), None)
+    if streaming and num_images is not None:
+        raise ValueError(f"`num_images` cannot be drawn from a stream, got {num_images}.")
+    if streaming and (name == "words" or saved):
+        raise ValueError(f"{name} is on this machine: it needs no `streaming`.")
     if name == "words":
         words = WordImages(num_images or 100_000, seed, *transform.resolution)
         return ImageDataset(words, transform, list(words.class_names))
-    if Path(name, "dataset_info.json").exists():
-        source = datasets.load_from_disk(name)
+    if saved:
+        source = datasets.load_from_disk(str(saved))
+    elif name.endswith(".parquet"):
+        source = datasets.load_dataset("parquet", data_files=name, split=split, streaming=streaming)
     else:
-        source = datasets.load_dataset(name, config_name, split=split)
-    if image_column not in source.column_names:
-        raise ValueError(f"{name} has no column {image_column!r}; it has {source.column_names}.")
-    if label_column not in source.column_names:
+        source = datasets.load_dataset(name, config_name, split=split, streaming=streaming)
+    if not streaming and not len(source):
+        raise ValueError(f"{name} has no pictures in {split!r}.")
+    features = source.features
+    if features is None:
+        raise ValueError(f"{name} does not say which columns it has before it is read: it cannot be streamed.")
+    if image_column not in features:
+        raise ValueError(f"{name} has no column {image_column!r}; it has {list(features)}.")
+    if not _may_hold_pictures(features[image_column]):
+        raise ValueError(f"column {image_column!r} of {name} holds no pictures but {features[image_column]}.")
+    if label_column is None or (label_column == "label" and "label" not in features):
         columns["label_column"], class_names = None, ["image"]
+    elif label_column not in features:
+        raise ValueError(f"{name} has no column {label_column!r} of labels; it has {list(features)}.")
     else:
-        if source.features[label_column].dtype == "string":
-            source = source.class_encode_column(label_column)
-        feature = source.features[label_column]
-        named = isinstance(feature, datasets.ClassLabel)
-        class_names = feature.names if named else [str(i) for i in range(max(source.unique(label_column)) + 1)]
-    source = source.cast_column(image_column, datasets.Image())
+        class_names = _class_names(name, source, label_column, streaming)
+    source = source.select_columns([column for column in columns.values() if column])
+    source = source.cast_column(image_column, datasets.Image(decode=False))
+    if streaming:
+        return ImageStream(source, transform, class_names, **columns)
     if num_images is not None:
         if num_images > len(source):
             raise ValueError(f"{name} has {len(source)} pictures in {split!r}, fewer than the {num_images} asked for.")
         source = source.shuffle(seed=seed).select(range(num_images))
     return ImageDataset(source, transform, class_names, **columns)
+
+
+def _may_hold_pictures(feature: Any) -> bool:
+    """Pictures, their bytes, or the paths of their files."""
+    if isinstance(feature, dict):
+        return {"bytes", "path"} & set(feature) != set()
+    return isinstance(feature, datasets.Image) or str(getattr(feature, "dtype", "")).endswith(("string", "binary"))
+
+
+def _class_names(
+    name: str, source: datasets.Dataset | datasets.IterableDataset, column: str, streaming: bool
+) -> list[str]:
+    feature = source.features[column]
+    dtype = str(getattr(feature, "dtype", feature))
+    named = isinstance(feature, datasets.ClassLabel)
+    if not named and not dtype.endswith("string") and not dtype.startswith(("int", "uint")):
+        raise ValueError(f"column {column!r} of {name} holds {dtype}; labels are integers or strings.")
+    if streaming:
+        if not named:
+            raise ValueError(f"column {column!r} of {name} does not name its classes (a ClassLabel): do not stream it.")
+        return feature.names
+    labels = source.unique(column)
+    if any(label is None or (not isinstance(label, str) and label < 0) for label in labels):
+        raise ValueError(
+            f"{name} has pictures without a label, -1 or None in {column!r}: choose another split or column."
+        )
+    if named:
+        return feature.names
+    return sorted(labels) if dtype.endswith("string") else [str(label) for label in range(max(labels) + 1)]
 
 
 def collate_images(items: list[dict]) -> dict[str, Tensor]:

@@ -1,14 +1,20 @@
 """dnd_hf.data.images: pictures to tensors and back, and the sources they come from."""
 
 import datasets
+import fsspec
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Subset
 
 from dnd_hf.data.images import (
+    BrokenImageError,
+    ImageDataset,
     ImageTransform,
+    ReplaceBrokenImages,
     TenCrop,
+    WithMirrorImage,
     as_size,
     check_stride,
     collate_images,
@@ -16,6 +22,7 @@ from dnd_hf.data.images import (
     to_images,
     to_pixels,
 )
+from dnd_hf.training.data_order import TrainingStream
 
 
 @pytest.fixture
@@ -41,6 +48,13 @@ def test_a_picture_of_the_right_size_is_not_resampled(picture):
 def test_center_crop_is_the_center_of_the_picture_pillow_resizes(picture):
     expected = picture.resize((48, 32), Image.Resampling.BICUBIC).crop((8, 0, 40, 32))
     assert torch.equal(ImageTransform(32)(picture), to_pixels(expected))
+
+
+def test_a_crop_range_cuts_the_edges_off_too(picture):
+    expected = picture.resize((72, 48), Image.Resampling.BICUBIC).crop((20, 8, 52, 40))
+    assert torch.equal(ImageTransform(32, crop_range=1.5)(picture), to_pixels(expected))
+    with pytest.raises(ValueError, match="`crop_range` must be at least 1"):
+        ImageTransform(32, crop_range=0.9)
 
 
 def test_a_symmetric_picture_stays_symmetric():
@@ -79,6 +93,17 @@ def test_ten_crops_are_the_corners_the_center_and_their_mirror_images(picture):
     for crop, (top, left) in zip(crops, [(0, 0), (0, 30), (20, 0), (20, 30), (10, 15)]):
         assert torch.equal(crop, pixels[:, top : top + 20, left : left + 30])
     assert torch.equal(crops[5:], crops[:5].flip(-1))
+
+
+def test_ten_crops_are_cut_from_the_center_of_a_wide_picture(picture):
+    pixels, crops = to_pixels(picture), TenCrop(20, crop_range=2)(picture)
+    for crop, (top, left) in zip(crops, [(0, 10), (0, 30), (20, 10), (20, 30), (10, 20)]):
+        assert torch.equal(crop, pixels[:, top : top + 20, left : left + 20])
+
+
+def test_a_mirror_image_stands_behind_its_picture(picture):
+    pixels = to_pixels(picture)
+    assert torch.equal(WithMirrorImage(ImageTransform((40, 60)))(picture), torch.stack([pixels, pixels.flip(-1)]))
 
 
 def test_sizes_are_one_or_two_positive_numbers():
@@ -124,10 +149,135 @@ def test_labels_may_be_strings_or_integers_or_missing(tmp_path, picture, labels,
     assert [names[dataset[i]["label"]] for i in range(3)] == [str(label) for label in labels or ["image"] * 3]
 
 
-def test_a_missing_image_column_is_named_with_those_there_are(tmp_path):
-    datasets.Dataset.from_dict({"photo": [1]}).save_to_disk(tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"no column 'image'.*photo"):
-        load_image_dataset(str(tmp_path / "saved"), ImageTransform(8))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_column": "image"}, r"no column 'image'.*photo"),
+        ({"image_column": "number"}, "'number' of .* holds no pictures"),
+        ({"label_column": "lable"}, r"no column 'lable' of labels.*half"),
+        ({"label_column": "share"}, "'share' of .* holds float64; labels are integers or strings"),
+        ({"label_column": "number"}, "without a label, -1 or None in 'number'"),
+        ({"label_column": "half"}, "without a label, -1 or None in 'half'"),
+        ({"streaming": True}, "is on this machine"),
+        ({"streaming": True, "num_images": 1}, "`num_images` cannot be drawn from a stream, got 1"),
+    ],
+)
+def test_columns_that_do_not_fit_are_named(tmp_path, picture, options, message):
+    columns = {"photo": [picture] * 2, "number": [-1, 0], "half": [None, "cat"], "share": [0.5, 1.0]}
+    datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=message):
+        load_image_dataset(str(tmp_path / "saved"), ImageTransform(8), **{"image_column": "photo", **options})
+
+
+def test_labels_can_be_left_aside_and_a_split_of_a_saved_dict_read(tmp_path, picture):
+    saved = datasets.Dataset.from_dict({"photo": [picture] * 2, "label": [-1, 0]})
+    datasets.DatasetDict({"train": saved, "test": saved.select([0])}).save_to_disk(tmp_path)
+    options = {"image_column": "photo", "label_column": None}
+    dataset = load_image_dataset(str(tmp_path), ImageTransform(8), split="test", **options)
+    assert len(dataset) == 1 and dataset[0]["label"] == 0 and dataset.class_names == ["image"]
+
+
+@pytest.fixture
+def parquet(tmp_path) -> str:
+    """Two files of five grey pictures and three classes, as a pattern."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee", "cat"])})
+    for file in range(2):
+        numbers = range(5 * file, 5 * file + 5)
+        columns = {"image": [Image.new("L", (9, 8), 20 * i) for i in numbers], "label": [i % 3 for i in numbers]}
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / f"{file}.parquet")
+    return str(tmp_path / "*.parquet")
+
+
+def test_a_stream_gives_each_file_the_pictures_that_indices_give(parquet):
+    dataset = load_image_dataset(parquet, ImageTransform(8))
+    stream = load_image_dataset(parquet, ImageTransform(8), streaming=True)
+    assert stream.class_names == dataset.class_names == ["ant", "bee", "cat"] and stream.num_parts(1) == 2
+    found = [(part, *picture) for part in range(2) for picture in stream.read(part, 1)]
+    assert [(part, index - part * 2**32) for part, index, _ in found] == [(i // 5, i % 5) for i in range(10)]
+    for (_, index, item), expected in zip(found, dataset, strict=True):
+        read = stream.prepare(index, item)
+        assert read["label"] == expected["label"] and torch.equal(read["pixel_values"], expected["pixel_values"])
+    assert [index for index, _ in stream.read(1, 1, first=3)] == [2**32 + 3, 2**32 + 4]
+
+
+def test_a_stream_of_classes_without_names_is_refused(tmp_path, picture):
+    datasets.Dataset.from_dict({"image": [picture], "label": [0]}).to_parquet(tmp_path / "0.parquet")
+    with pytest.raises(ValueError, match="does not name its classes"):
+        load_image_dataset(str(tmp_path / "0.parquet"), ImageTransform(8), streaming=True)
+
+
+def grey(number: int) -> Image.Image:
+    return Image.new("RGB", (8, 8), (number, number, number))
+
+
+@pytest.fixture
+def folder(tmp_path) -> str:
+    """Twelve grey pictures; the files of numbers 2, 3 and 9 are broken, each in its own way."""
+    for number in range(12):
+        grey(20 * number).save(tmp_path / f"{number:02d}.png")
+    (tmp_path / "02.png").write_bytes(b"no picture")
+    (tmp_path / "03.png").write_bytes((tmp_path / "04.png").read_bytes()[:45])
+    (tmp_path / "09.png").write_bytes(b"")
+    return str(tmp_path)
+
+
+def numbers_of(items) -> list[int]:
+    return [round((item["pixel_values"].mean().item() + 1) * 127.5 / 20) for item in items]
+
+
+def test_a_broken_picture_is_named_and_the_others_are_not_disturbed(folder):
+    dataset = load_image_dataset(folder, ImageTransform(8))
+    assert numbers_of(dataset[i] for i in range(12) if i not in (2, 3, 9)) == [0, 1, 4, 5, 6, 7, 8, 10, 11]
+    for broken in (2, 3, 9):
+        with pytest.raises(BrokenImageError, match=f"picture {broken} .*{broken:02d}.png.* is broken"):
+            dataset[broken]
+
+
+def test_a_connection_that_fails_makes_no_picture_broken(picture):
+    with fsspec.open("memory://there.png", "wb") as file:
+        picture.save(file, "png")
+    items = [{"image": {"bytes": None, "path": f"memory://{name}.png"}} for name in ("there", "gone")]
+    dataset = ImageDataset(items, ImageTransform((40, 60)), ["image"], label_column=None)
+    assert torch.equal(dataset[0]["pixel_values"], to_pixels(picture))
+    with pytest.raises(FileNotFoundError):
+        dataset[1]
+
+
+def test_the_next_picture_takes_the_place_of_a_broken_one(folder, caplog):
+    part = Subset(load_image_dataset(folder, ImageTransform(8)), [9, 2, 3, 4, 0, 1])
+    dataset = ReplaceBrokenImages(part, 0.5)
+    assert numbers_of(dataset[i] for i in range(6)) == [4, 4, 4, 4, 0, 1]
+    assert numbers_of(dataset[i] for i in (5, 0)) == [1, 4] and len(caplog.records) == 3
+    wrapped = ReplaceBrokenImages(Subset(part.dataset, [5, 9]), 0.5)
+    assert numbers_of(wrapped[i] for i in range(2)) == [5, 5]
+
+
+def test_samples_of_a_run_do_not_depend_on_where_it_meets_a_broken_picture(folder):
+    def samples(first: int) -> list[int]:
+        dataset = ReplaceBrokenImages(load_image_dataset(folder, ImageTransform(8, "random", True)), 0.5)
+        return numbers_of(TrainingStream(dataset, 30, seed=1, first_sample=first))
+
+    intact = TrainingStream(ImageDataset([{"image": grey(20 * i)} for i in range(12)], ImageTransform(8), ["image"],
+                                         label_column=None), 30, seed=1)  # fmt: skip
+    expected = [{2: 4, 3: 4, 9: 10}.get(number, number) for number in numbers_of(intact)]
+    assert samples(0) == expected and samples(17) == expected[17:]
+
+
+@pytest.mark.parametrize(("share", "stops"), [(0.25, False), (0.24, True)])
+def test_workers_count_broken_pictures_together(folder, share, stops):
+    loader = DataLoader(ReplaceBrokenImages(load_image_dataset(folder, ImageTransform(8)), share), num_workers=3)
+    if stops:  # none of the workers meets all three
+        with pytest.raises(RuntimeError, match="3 of 12 pictures are broken, more than --max_broken_share"):
+            list(loader)
+    else:
+        assert numbers_of(loader) == [0, 1, 4, 4, 4, 5, 6, 7, 8, 10, 10, 11]
+
+
+def test_a_part_is_judged_by_the_whole_data_set(folder):
+    part = Subset(load_image_dataset(folder, ImageTransform(8)), [2, 0])
+    assert numbers_of([ReplaceBrokenImages(part, 0.1, num_images=12)[0]]) == [0]
+    with pytest.raises(RuntimeError, match="1 of 2 pictures are broken"):
+        ReplaceBrokenImages(part, 0.1)[0]
 
 
 def test_photographs_are_turned_as_their_camera_was_held(tmp_path, picture):
