@@ -7,7 +7,8 @@ python examples/train.py --dataset_name words --vqvae rqvae-words --hidden_size 
 The result, `output_dir`, is a whole pipeline: `DnDPipeline.from_pretrained(output_dir)`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -18,12 +19,12 @@ from transformers.hf_argparser import HfArg
 
 from dnd_hf import RQVAE, DnDConfig, DnDForImageGeneration, DnDPipeline
 from dnd_hf.data.codes import CodesDataset, collate_codes
-from dnd_hf.data.images import ImageTransform, as_size, check_stride, collate_images
+from dnd_hf.data.images import as_size, check_stride, collate_images
 from dnd_hf.training.arguments import TrainingArguments, parse_arguments
 from dnd_hf.training.data_order import hold_out
 from dnd_hf.training.optimization import weight_decay_groups
-from dnd_hf.training.reports import save_image_grid
 from dnd_hf.training.run import TrainingRun
+from dnd_hf.training.throughput import transformer_training_flops
 
 
 SHAPE_OPTIONS = (
@@ -70,12 +71,16 @@ class DnDArguments(TrainingArguments):
     mlp_dropout: float = HfArg(default=0.1, help="Dropout of the MLP output.")
     drop_path_rate: float = HfArg(default=0.0, help="Stochastic depth of the last layer.")
     initializer_range: float = HfArg(default=0.02, help="Standard deviation of the initial weights.")
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] = HfArg(
+        default="sdpa", help="How attention is computed while training; `eager` is fast for a compiled small grid."
+    )
 
     learning_rate: float | None = HfArg(
         default=None, help="Peak learning rate; default: the paper's 1e-4 per 256 samples of one optimizer step."
     )
     weight_decay: float = HfArg(default=0.05, help="Of matrices; biases and gains do not decay.")
     guidance_scale: float = HfArg(default=2.0, help="Of the sample grids, and the default of the saved pipeline.")
+    temperature: float = HfArg(default=1.0, help="Likewise; the paper's is 0.1 for pictures of text.")
     num_samples: int = HfArg(default=16, help="Pictures of a sample grid; their seeds are always the same.")
 
     def __post_init__(self):
@@ -84,6 +89,8 @@ class DnDArguments(TrainingArguments):
             raise ValueError("give either --codes_dir or --dataset_name.")
         if (self.codes_dir is None) == (self.vqvae is None):
             raise ValueError("--vqvae goes with --dataset_name; a codes folder has its own tokenizer.")
+        if self.temperature <= 0:
+            raise ValueError(f"--temperature must be positive, got {self.temperature}.")
         if self.num_samples < 1:
             raise ValueError(f"--num_samples must be positive, got {self.num_samples}.")
 
@@ -125,25 +132,36 @@ def main(args: DnDArguments) -> None:
     else:
         size = as_size(vae.config.sample_size)
         check_stride(size, vae.code_stride)
-        dataset, collate = args.load_images(args.train_transform(size)), collate_images
+        dataset, train_set, validation_set = args.load_training_images(size)
+        collate = collate_images
         grid_size = (size[0] // vae.code_stride[0], size[1] // vae.code_stride[1])
-        train_set, held_out = hold_out(dataset, args.num_validation_images, args.seed)
-        validation_set = Subset(replace(dataset, transform=ImageTransform(size)), held_out.indices)
 
     transformer = args.make_transformer(vae, grid_size, dataset.class_names)
+    transformer.generation_config.temperature = args.temperature
     transformer.generation_config.guidance_scale = args.guidance_scale if transformer.config.has_null_class else 1.0
     if args.gradient_checkpointing:
         transformer.gradient_checkpointing_enable()
+    transformer.set_attn_implementation(args.attn_implementation)
+    if args.torch_compile:
+        transformer.compile()
     transformer.train()
-    pipe = DnDPipeline(transformer=transformer, vqvae=vae)
-    pipe.set_progress_bar_config(disable=True)
     learning_rate = args.learning_rate or 1e-4 * run.samples_per_step / 256
     groups = weight_decay_groups(transformer, args.weight_decay)
     model, optimizer = run.prepare(
         transformer,
-        torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.95), fused=accelerator.device.type == "cuda"),
+        torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.95), fused=True),
+        tokens_per_sample=transformer.config.sequence_length,
+        flops_per_sample=transformer_training_flops(transformer.config),
     )
     run.resume()
+
+    def make_pipeline(transformer: DnDForImageGeneration) -> DnDPipeline:
+        pipe = DnDPipeline(transformer=transformer, vqvae=vae)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def export(transformer: DnDForImageGeneration, folder: Path) -> None:
+        make_pipeline(transformer).save_pretrained(folder)
 
     def codes_of(batch: dict[str, Tensor]) -> Tensor:
         if "codes" in batch:
@@ -154,33 +172,32 @@ def main(args: DnDArguments) -> None:
     def train_step(batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         with accelerator.accumulate(model):
             codes = codes_of(batch)
-            output = model(class_labels=batch["labels"], codes=codes, labels=codes)
+            output = model(class_labels=batch["labels"], codes=codes, labels=codes, output_logits=False)
             accelerator.backward(output.loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            metrics = run.clip_gradients()
             optimizer.step()
             optimizer.zero_grad()
         depth_losses = {f"loss_depth_{k}": loss for k, loss in enumerate(output.depth_losses, start=1)}
-        return {"loss": output.loss, **depth_losses}
+        return {"loss": output.loss, **depth_losses, **metrics}
 
-    def validate(step: int) -> dict[str, float]:
+    def validate(transformer: DnDForImageGeneration, step: int) -> dict[str, float]:
         mine = Subset(validation_set, range(accelerator.process_index, len(validation_set), accelerator.num_processes))
         total = torch.zeros(transformer.config.code_depth, device=accelerator.device)
         for batch in DataLoader(mine, args.train_batch_size, collate_fn=collate):
             batch = {name: value.to(accelerator.device) for name, value in batch.items()}
             codes = codes_of(batch)
-            losses = transformer(class_labels=batch["labels"], codes=codes, labels=codes).depth_losses
+            losses = transformer(batch["labels"], codes, labels=codes, output_logits=False).depth_losses
             total += losses * len(codes) / len(validation_set)
         losses = accelerator.reduce(total).tolist()
         if accelerator.is_main_process:
             labels = [i % len(dataset.class_names) for i in range(args.num_samples)]
             generators = [torch.Generator(accelerator.device).manual_seed(i) for i in range(args.num_samples)]
             with accelerator.autocast():
-                images = pipe(labels, generator=generators).images
-            save_image_grid(images, round(args.num_samples**0.5), run.output_dir / "samples" / f"step-{step}.png")
+                images = make_pipeline(transformer)(labels, generator=generators).images
+            run.show(images, round(args.num_samples**0.5), step)
         return {"loss": sum(losses) / len(losses)} | {f"loss_depth_{k}": v for k, v in enumerate(losses, start=1)}
 
-    run.loop(train_set, collate, train_step, validate, pipe.save_pretrained, "pipeline")
+    run.loop(train_set, collate, train_step, validate, export, "pipeline")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ The paper's tokenizer (arXiv 2410.01912): `--sample_size 256 --lpips_weight 1 --
 with `accelerate launch` and 256 pictures a step.
 """
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +19,12 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers.hf_argparser import HfArg
 
 from dnd_hf import RQVAE
-from dnd_hf.data.images import ImageTransform, as_size, check_stride, collate_images, to_images
+from dnd_hf.data.images import as_size, check_stride, collate_images, to_images
 from dnd_hf.training.arguments import TrainingArguments, parse_arguments
-from dnd_hf.training.data_order import hold_out
 from dnd_hf.training.discriminator import PatchDiscriminator
 from dnd_hf.training.losses import PerceptualLoss, adaptive_weight, hinge_discriminator_loss, hinge_generator_loss
-from dnd_hf.training.reports import save_image_grid
 from dnd_hf.training.run import TrainingRun
+from dnd_hf.training.throughput import tokenizer_training_flops
 
 
 @dataclass
@@ -59,6 +57,9 @@ class RQVAEArguments(TrainingArguments):
     freeze_codes: bool = HfArg(
         default=False, help="Train the decoder alone: codes, and a transformer trained on them, stay as they are."
     )
+    min_perplexity: float = HfArg(
+        default=4.0, help="After the warmup, a run whose first depth uses its codes as if there were fewer ends."
+    )
     lpips_weight: float = HfArg(default=0.0, help="Weight of LPIPS, which needs `lpips`; the paper's is 1.0.")
     gan_weight: float = HfArg(default=0.0, help="Weight of the PatchGAN hinge loss; the paper's is 0.75.")
     gan_start_step: int = HfArg(default=0, help="Step at which the GAN loss and its discriminator start.")
@@ -74,7 +75,14 @@ class RQVAEArguments(TrainingArguments):
         as_size(self.sample_size)
         if self.freeze_codes and not self.pretrained_vqvae:
             raise ValueError("--freeze_codes goes with --pretrained_vqvae: a new tokenizer has no codes to keep.")
-        for name in ("commitment_weight", "lpips_weight", "gan_weight", "gan_start_step", "quantizer_start_step"):
+        for name in (
+            "commitment_weight",
+            "lpips_weight",
+            "gan_weight",
+            "gan_start_step",
+            "quantizer_start_step",
+            "min_perplexity",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}.")
 
@@ -98,11 +106,17 @@ class RQVAEArguments(TrainingArguments):
         )
 
 
+def perplexity(counts: Tensor) -> Tensor:
+    """Exponential of the entropy of codes that occur `counts` `(..., codes)` times: how many are in use, so to say."""
+    return torch.special.entr(counts / counts.sum(-1, keepdim=True)).sum(-1).exp()
+
+
 def validate(accelerator: Accelerator, vae: RQVAE, dataset: Dataset, batch_size: int) -> dict[str, float]:
     """Reconstruction error with the first k codes, and use of the codebook, for each depth k, on the whole data set.
 
     The L2 error is the mean squared difference of pixels in [-1, 1]. Usage is the part of the codebook that occurs at
-    all, perplexity the exponential of the codes' entropy.
+    all, perplexity the exponential of the codes' entropy, norm the mean length of the code vectors as they occur (the
+    paper's Figure 4).
     """
     depth, vocab_size = vae.config.code_depth, vae.config.num_vq_embeddings
     errors = torch.zeros(depth, device=accelerator.device)
@@ -116,22 +130,22 @@ def validate(accelerator: Accelerator, vae: RQVAE, dataset: Dataset, batch_size:
             errors[k] += F.mse_loss(sample, images) * len(images) / len(dataset)
             counts[k] += codes[..., k].flatten().bincount(minlength=vocab_size)
     errors, counts = accelerator.reduce(errors), accelerator.reduce(counts)
-    perplexity = torch.special.entr(counts / counts.sum(1, keepdim=True)).sum(1).exp()
-    usage = (counts > 0).float().mean(1)
+    perplexities, usage = perplexity(counts), (counts > 0).float().mean(1)
     metrics = {"psnr": (10 * torch.log10(4 / errors[-1])).item()}
     for k in range(depth):
         metrics[f"l2_depth_{k + 1}"] = errors[k].item()
         metrics[f"usage_depth_{k + 1}"] = usage[k].item()
-        metrics[f"perplexity_depth_{k + 1}"] = perplexity[k].item()
+        metrics[f"perplexity_depth_{k + 1}"] = perplexities[k].item()
+        norms = vae.quantizer.codebook(k).norm(dim=1)
+        metrics[f"norm_depth_{k + 1}"] = ((counts[k] * norms).sum() / counts[k].sum()).item()
     return metrics
 
 
-def save_reconstructions(vae: RQVAE, images: Tensor, path: Path) -> None:
-    """One row a picture: the original, then the reconstruction from its first 1, 2, ... codes."""
-    images = images.to(vae.device)
+def reconstructions(vae: RQVAE, images: Tensor) -> Tensor:
+    """`(batch, 1 + depth, 3, H, W)`: each picture, then what its first 1, 2, ... codes make of it."""
     codes = vae.encode(images).codes
-    columns = [images, *(vae.decode_codes(codes, depth=k + 1).sample for k in range(vae.config.code_depth))]
-    save_image_grid(to_images(torch.stack(columns, dim=1).flatten(0, 1)), len(columns), path)
+    partial = (vae.decode_codes(codes, depth=k + 1).sample for k in range(vae.config.code_depth))
+    return torch.stack([images, *partial], dim=1)
 
 
 def main(args: RQVAEArguments) -> None:
@@ -145,24 +159,30 @@ def main(args: RQVAEArguments) -> None:
     if discriminator and min(size) < discriminator.min_size:
         raise ValueError(f"the discriminator needs pictures of at least {discriminator.min_size} pixels each way.")
     perceptual_loss = PerceptualLoss().to(accelerator.device) if args.lpips_weight else None
-    dataset = args.load_images(args.train_transform(size))
-    train_set, held_out = hold_out(dataset, args.num_validation_images, args.seed)
-    validation_set = Subset(replace(dataset, transform=ImageTransform(size)), held_out.indices)
+    _, train_set, validation_set = args.load_training_images(size)
     preview = collate_images([validation_set[i] for i in range(min(8, len(validation_set)))])["pixel_values"]
 
     if args.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
+    if args.torch_compile:
+        vae.encoder.compile()
+        vae.decoder.compile()
     vae.train()
     if args.freeze_codes:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
     parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     betas = (args.adam_beta1, args.adam_beta2)
-    model, optimizer = run.prepare(vae, torch.optim.Adam(parameters, args.learning_rate, betas=betas))
+    model, optimizer = run.prepare(
+        vae,
+        torch.optim.Adam(parameters, args.learning_rate, betas=betas, fused=True),
+        tokens_per_sample=size[0] // vae.code_stride[0] * (size[1] // vae.code_stride[1]),
+        flops_per_sample=tokenizer_training_flops(vae, size),
+    )
     trained = [model]
     if discriminator:
         adversary, adversary_optimizer = accelerator.prepare(
-            discriminator, torch.optim.Adam(discriminator.parameters(), args.learning_rate, betas=betas)
+            discriminator, torch.optim.Adam(discriminator.parameters(), args.learning_rate, betas=betas, fused=True)
         )
         trained.append(adversary)
     run.resume()
@@ -175,6 +195,9 @@ def main(args: RQVAEArguments) -> None:
             output = model(images, quantize=step >= args.quantizer_start_step)
             reconstruction_loss = F.mse_loss(output.sample, images)
             metrics = {"l2": reconstruction_loss, "commitment": output.commitment_loss}
+            for k, codes in enumerate([] if output.codes is None else output.codes.unbind(-1), start=1):
+                counts = codes.flatten().bincount(minlength=vae.config.num_vq_embeddings)
+                metrics[f"perplexity_depth_{k}"] = perplexity(counts)
             if perceptual_loss:
                 metrics["lpips"] = perceptual_loss(output.sample, images)
                 reconstruction_loss = reconstruction_loss + args.lpips_weight * metrics["lpips"]
@@ -185,12 +208,16 @@ def main(args: RQVAEArguments) -> None:
                 discriminator.requires_grad_(False)
                 generator_loss = hinge_generator_loss(discriminator(output.sample))
                 discriminator.requires_grad_(True)
-                weight = adaptive_weight(reconstruction_loss, generator_loss, vae.decoder.conv_out.weight)
+                weight = adaptive_weight(
+                    reconstruction_loss,
+                    generator_loss,
+                    vae.decoder.conv_out.weight,
+                    reduce=lambda gradient: accelerator.reduce(gradient, "mean"),
+                )
                 loss = loss + args.gan_weight * weight * generator_loss
                 metrics |= {"generator": generator_loss, "adaptive_weight": weight}
             accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            metrics |= run.clip_gradients()
             optimizer.step()
             optimizer.zero_grad()
             if adversarial:
@@ -202,12 +229,22 @@ def main(args: RQVAEArguments) -> None:
                 adversary_optimizer.zero_grad()
         return {"loss": loss, **metrics}
 
-    def validate_and_show(step: int) -> dict[str, float]:
+    def validate_and_show(vae: RQVAE, step: int) -> dict[str, float]:
         if accelerator.is_main_process:
-            save_reconstructions(vae, preview, run.output_dir / "samples" / f"step-{step}.png")
+            columns = reconstructions(vae, preview.to(accelerator.device))
+            run.show(to_images(columns.flatten(0, 1)), columns.shape[1], step)
         return validate(accelerator, vae, validation_set, args.train_batch_size)
 
-    run.loop(train_set, collate_images, train_step, validate_and_show, vae.save_pretrained, "vqvae")
+    def check_codes(metrics: dict[str, float], step: int) -> None:
+        started = step > args.quantizer_start_step + args.lr_warmup_steps
+        if started and metrics["perplexity_depth_1"] < args.min_perplexity:
+            raise RuntimeError(
+                f"the codebook has collapsed by step {step}: the perplexity of the first code is"
+                f" {metrics['perplexity_depth_1']:.2f}, under --min_perplexity. {run.last_good_checkpoint} Try a lower"
+                " --learning_rate, a larger batch, --quantizer_start_step, or a later --gan_start_step."
+            )
+
+    run.loop(train_set, collate_images, train_step, validate_and_show, RQVAE.save_pretrained, "vqvae", check_codes)
 
 
 if __name__ == "__main__":

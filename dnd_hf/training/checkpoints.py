@@ -47,7 +47,7 @@ def save_checkpoint(
         output_dir: folder of the run.
         step: steps of the optimizer done.
         total_limit: older checkpoints are deleted beyond this number.
-        export: called on the main process with the folder, to add what can be used without resuming.
+        export: called by all processes with the folder, to add what can be used without resuming.
     """
     target = Path(output_dir, f"checkpoint-{step}")
     unfinished = Path(output_dir, "checkpoint-unfinished")
@@ -55,9 +55,9 @@ def save_checkpoint(
         shutil.rmtree(unfinished, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(unfinished))
+    export(unfinished)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        export(unfinished)
         shutil.rmtree(target, ignore_errors=True)
         unfinished.rename(target)
         for _, path in list_checkpoints(output_dir)[:-total_limit]:

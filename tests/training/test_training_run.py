@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
 
@@ -28,6 +29,7 @@ class NoisyPoints(torch.utils.data.Dataset):
 
 def train(output_dir: Path, **options) -> dict[str, torch.Tensor]:
     """Trains a small network with dropout; returns its averaged weights as exported."""
+    diverge = options.pop("diverge", None)
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     settings = dict(
@@ -37,22 +39,33 @@ def train(output_dir: Path, **options) -> dict[str, torch.Tensor]:
     run = TrainingRun(TrainingArguments(output_dir=str(output_dir), **{**settings, **options}))
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 1))
-    model, optimizer = run.prepare(network, torch.optim.Adam(network.parameters(), 0.01))
+    model, optimizer = run.prepare(
+        network, torch.optim.Adam(network.parameters(), 0.01), tokens_per_sample=3, flops_per_sample=10
+    )
     run.resume()
 
     def train_step(batch, step):
         with run.accelerator.accumulate(model):
             loss = model(batch["x"]).square().mean()
+            if diverge == "loss" and step == 4:
+                loss = loss * torch.inf
             run.accelerator.backward(loss)
+            if diverge == "gradient" and step == 5:
+                network[0].weight.grad[0, 0] = torch.nan
+            metrics = run.clip_gradients()
             optimizer.step()
             optimizer.zero_grad()
-        return {"loss": loss}
+        return {"loss": loss, **metrics}
 
-    def export(folder):
+    def validate(network, step):
+        run.show([Image.new("RGB", (2, 2))] * 2, 2, step)
+        return {"score": step}
+
+    def export(network, folder):
         folder.mkdir(exist_ok=True)
         torch.save(network.state_dict(), folder / "weights.pt")
 
-    run.loop(NoisyPoints(), default_collate, train_step, lambda step: {"score": step}, export, "result")
+    run.loop(NoisyPoints(), default_collate, train_step, validate, export, "result")
     return torch.load(output_dir / "weights.pt")
 
 
@@ -92,6 +105,33 @@ def test_a_checkpoint_holds_the_result_so_far(tmp_path):
     assert torch.equal(torch.load(tmp_path / "checkpoint-6" / "result" / "weights.pt")["0.weight"], final["0.weight"])
     assert {line["validation/score"] for line in read_metrics(tmp_path / "metrics.jsonl") if len(line) == 2} == {6}
     assert (tmp_path / "training_curves.png").exists()
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_a_run_that_diverges_ends_and_keeps_the_last_good_checkpoint(tmp_path, broken):
+    with pytest.raises(RuntimeError, match=r"diverged by step 6: .*not finite.*checkpoint-4.*learning_rate"):
+        train(tmp_path, diverge=broken, logging_steps=3)
+    assert [path.name for _, path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+    assert not any("train/loss" in line and line["step"] > 4 for line in read_metrics(tmp_path / "metrics.jsonl"))
+
+
+def test_the_rates_of_a_run_are_logged(tmp_path):
+    train(tmp_path)
+    line = next(line for line in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in line)
+    assert line["train/tokens_per_second"] == pytest.approx(3 * line["train/images_per_second"])
+    assert line["train/mfu"] > 0 and line["train/peak_memory_gb"] > 0.01 and line["train/grad_norm"] > 0
+
+
+def test_trackers_get_numbers_and_pictures(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tmp_path, report_to=["tensorboard"])
+    events = EventAccumulator(str(tmp_path / "dnd_hf"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6]
+    (picture,) = events.Images("samples")
+    assert (picture.step, picture.width, picture.height) == (6, 4, 2)
 
 
 def test_unfinished_checkpoints_are_never_resumed_from(tmp_path):
@@ -164,9 +204,9 @@ def test_a_new_run_starts_a_new_metrics_file(tmp_path):
 
 
 def test_the_command_line_overrides_the_yaml_file(tmp_path):
-    (tmp_path / "run.yaml").write_text("seed: 3\nlearning_rate: 0.001\nreport_to: [wandb]\n")
+    (tmp_path / "run.yaml").write_text("seed: 3\nlearning_rate: 0.001\nreport_to: [tensorboard]\n")
     args = parse_arguments(TrainingArguments, ["--config", str(tmp_path / "run.yaml"), "--seed", "4"])
-    assert (args.seed, args.learning_rate, args.report_to) == (4, 0.001, ["wandb"])
+    assert (args.seed, args.learning_rate, args.report_to) == (4, 0.001, ["tensorboard"])
 
 
 @pytest.mark.parametrize(
@@ -176,6 +216,7 @@ def test_the_command_line_overrides_the_yaml_file(tmp_path):
         (["--ema_decay", "1"], "--ema_decay must lie in"),
         (["--seed", "-1"], "--seed must lie in"),
         (["--learning_rate", "0"], "--learning_rate must be positive"),
+        (["--report_to", "tensorbored"], "--report_to tensorbored: no such tracker"),
         (["--config", "wrong.yaml"], "unknown options: sead"),
     ],
 )

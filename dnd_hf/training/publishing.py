@@ -1,0 +1,200 @@
+"""Publishing a training run: its model card, and its folder as a repository on the Hub."""
+
+import json
+import platform
+import re
+import shlex
+import sys
+from dataclasses import MISSING, fields
+from importlib.metadata import version
+from pathlib import Path
+
+from accelerate import Accelerator
+from huggingface_hub import ModelCard, ModelCardData, auth_check, create_repo, get_token, upload_folder
+
+from .. import __version__
+from ..pipeline_dnd import model_card
+from .arguments import TrainingArguments
+from .reports import read_metrics
+
+
+NOT_UPLOADED = "checkpoint-*"
+LIBRARIES = ("torch", "transformers", "diffusers", "accelerate", "datasets")
+PIPELINE_SAMPLES = "Samples of the classes in turn; their seeds are always the same."
+TOKENIZER_SAMPLES = "A row a picture: the original, then what its first 1, 2, ... codes decode to."
+TOKENIZER_CARD = """---
+library_name: diffusers
+tags:
+- dnd-transformer
+- rq-vae
+---
+
+# {name}
+
+A tokenizer of pictures for the DnD-Transformer ([arXiv 2410.01912](https://arxiv.org/abs/2410.01912)): an RQ-VAE
+([arXiv 2203.01941](https://arxiv.org/abs/2203.01941)).
+
+```python
+from dnd_hf import RQVAE
+
+vqvae = RQVAE.from_pretrained("{name}")
+codes = vqvae.encode(images).codes  # (batch, 3, H, W) in [-1, 1] -> (batch, height, width, depth)
+vqvae.decode_codes(codes).sample
+```
+"""
+
+
+def open_repository(args: TrainingArguments) -> str | None:
+    """Creates the repository that `--push_to_hub` asks for, or finds it, and makes sure that it can be written to.
+
+    Returns:
+        Its id, `organisation/name`; `None` without `--push_to_hub`.
+
+    Raises:
+        ValueError: no token, no such right, an unknown licence, no connection; nothing has been created then.
+    """
+    if not args.push_to_hub:
+        return None
+    try:
+        if get_token() is None:
+            raise ValueError("no token, give one with `hf auth login` or the environment variable HF_TOKEN.")
+        ModelCard(f"---\n{ModelCardData(license=args.hub_license)}\n---\n").validate()
+        repo_id = create_repo(args.hub_name, private=args.hub_private or None, exist_ok=True).repo_id
+        auth_check(repo_id, write=True)
+    except Exception as error:  # also those of the HTTP library
+        raise ValueError(f"--push_to_hub cannot write to {args.hub_name!r}: {error}") from error
+    return repo_id
+
+
+def write_model_card(
+    args: TrainingArguments, repo_id: str | None, accelerator: Accelerator, num_train_samples: int
+) -> None:
+    """Writes `README.md` of a finished run into its folder: how to use it, data, settings, metrics, samples, licence.
+
+    Args:
+        args: of the run; those that differ from their defaults are listed, local folders by their last name.
+        repo_id: where it will be on the Hub; `None`: what `args` would call it.
+        accelerator: what it was trained with.
+        num_train_samples: length of the data set.
+    """
+    folder, name = Path(args.output_dir), repo_id or args.hub_name
+    is_pipeline = (folder / "model_index.json").is_file()
+    card = ModelCard(model_card(name) if is_pipeline else TOKENIZER_CARD.format(name=name))
+    pretrained = getattr(args, "pretrained_transformer", None) or getattr(args, "pretrained_vqvae", None)
+    card.data.license = args.hub_license
+    dataset, split = _source(args)
+    card.data.datasets = [dataset] if _is_on_hub(dataset) else None
+    card.data.base_model = pretrained if _is_on_hub(pretrained) else None
+
+    metrics = read_metrics(folder / "metrics.jsonl")
+    pictures = sorted(folder.glob("samples/step-*.png"), key=lambda path: int(re.sub(r"\D", "", path.stem)))[-1:]
+    pictures += folder.glob("training_curves.png")
+    pictures = "\n".join(f"![{path.stem}]({path.relative_to(folder).as_posix()})" for path in pictures)
+    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    versions = ", ".join(f"{library} {version(library)}" for library in LIBRARIES)
+    card.text += f"""
+## Data
+
+{_describe(dataset, split)}, {num_train_samples:,} samples to train on.
+
+## Training
+
+```sh
+{_command(args)}
+```
+
+All other options have their defaults. {args.max_train_steps:,} steps of {samples_per_step} samples on
+{accelerator.num_processes} process(es), {accelerator.device.type}, mixed precision {accelerator.mixed_precision};
+Python {platform.python_version()}, dnd_hf {__version__}, {versions}.
+
+## Metrics
+
+On samples held out of training, averaged weights, after step {metrics[-1]["step"] if metrics else 0:,}:
+
+{_metrics_table(metrics)}
+
+## Pictures
+
+{PIPELINE_SAMPLES if is_pipeline else TOKENIZER_SAMPLES}
+
+{pictures}
+
+## Licence
+
+Weights: {args.hub_license or "not stated"}. The code of dnd_hf, also where it lies beside them: Apache-2.0.
+"""
+    card.save(folder / "README.md")
+
+
+def upload_run(folder: Path, repo_id: str) -> None:
+    """Uploads the folder of a run, without its checkpoints. What an earlier, interrupted upload sent is not sent again.
+
+    Raises:
+        RuntimeError: it failed; the message has the command that goes on with it.
+    """
+    try:
+        commit = upload_folder(
+            repo_id=repo_id, folder_path=folder, ignore_patterns=[NOT_UPLOADED], commit_message="Upload training run"
+        )
+    except Exception as error:  # also those of the HTTP library
+        raise RuntimeError(
+            f"the result is complete in {folder}, but its upload failed: {error}\nTo go on with the upload:\n\n"
+            f"    hf upload {repo_id} {shlex.quote(str(folder))} --exclude '{NOT_UPLOADED}'\n"
+        ) from error
+    print(f"{folder} is on the Hub: {commit.commit_url}")
+
+
+def _is_on_hub(name: str | None) -> bool:
+    return name is not None and name != "words" and not Path(name).exists()
+
+
+def _public(value: object) -> str:
+    """An option's value as text, a local path by its last name."""
+    path = Path(str(value))
+    return path.resolve().name if value != "" and (path.is_absolute() or path.exists()) else str(value)
+
+
+def _source(args: TrainingArguments) -> tuple[str | None, str]:
+    """The data set that was trained on, also where its codes were, and the split."""
+    notes = Path(getattr(args, "codes_dir", None) or "", "extraction.json")
+    if notes.is_file():
+        settings = json.loads(notes.read_text(encoding="utf-8"))
+        return settings["dataset_name"], settings["dataset_split"]
+    return args.dataset_name, args.dataset_split
+
+
+def _describe(dataset: str | None, split: str) -> str:
+    if dataset is None:
+        return "Not named"
+    if dataset == "words":
+        return "`words`: pictures of words that dnd_hf renders"
+    if _is_on_hub(dataset):
+        return f"[{dataset}](https://huggingface.co/datasets/{dataset}), {split}"
+    return f"The local data set `{_public(dataset)}`"
+
+
+def _command(args: TrainingArguments) -> str:
+    """The command line of the options that are not at their defaults, but for those of resuming and publishing."""
+    lines = [f"accelerate launch {Path(sys.argv[0]).name}"]
+    for field in fields(args):
+        value = getattr(args, field.name)
+        default = field.default if field.default is not MISSING else field.default_factory()
+        if value == default or field.name.startswith(("hub_", "push_", "resume_")):
+            continue
+        values = value if isinstance(value, list) else [value]
+        lines.append(shlex.join([f"--{field.name}", *map(_public, values)]))
+    return " \\\n    ".join(lines)
+
+
+def _metrics_table(metrics: list[dict]) -> str:
+    """Markdown: the last value of every validation metric, a row a depth, and a row for those of all depths."""
+    last = {name: value for line in metrics for name, value in line.items() if name.startswith("validation/")}
+    rows: dict[str, dict[str, float]] = {}
+    for name, value in last.items():
+        metric, _, depth = name.removeprefix("validation/").partition("_depth_")
+        rows.setdefault(depth or "all", {})[metric] = value
+    columns = sorted({metric for row in rows.values() for metric in row})
+    lines = [["depth", *columns], ["---"] * (len(columns) + 1)]
+    for depth in sorted(rows):  # digits come before letters
+        lines.append([depth, *(f"{rows[depth][m]:.4g}" if m in rows[depth] else "" for m in columns)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

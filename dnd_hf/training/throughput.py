@@ -1,0 +1,65 @@
+"""How fast a run trains, and how much of what the machine's matrix products could do (MFU) that is."""
+
+import copy
+import resource
+import sys
+from statistics import median
+from time import perf_counter
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..autoencoder_rqvae import RQVAE
+from ..configuration_dnd import DnDConfig
+
+
+def transformer_training_flops(config: DnDConfig) -> int:
+    """Floating point operations of one training sample: forward and backward pass, nothing computed twice.
+
+    6 for each weight of a matrix product and token, and `12 * layers * hidden_size * tokens` for each token's attention
+    (PaLM, arXiv 2204.02311, Appendix B), which counts the masked half of the attention too.
+    """
+    layers, width, tokens = config.prediction_layers[-1] + 1, config.hidden_size, config.sequence_length
+    attention = 2 * width * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
+    weights = layers * (attention + 3 * width * config.intermediate_size)
+    weights += config.code_depth * config.vocab_size * width
+    return tokens * (6 * weights + 12 * layers * width * tokens)
+
+
+def tokenizer_training_flops(vae: RQVAE, size: tuple[int, int]) -> int:
+    """Floating point operations of one picture of `size` (height, width) through encoder and decoder, times 3 for the
+    backward pass; the search of the codes and a discriminator are not counted."""
+    networks = copy.deepcopy(torch.nn.ModuleList([vae.encoder, vae.decoder])).to("meta")
+    latents = (size[0] // vae.stride, size[1] // vae.stride)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        networks[0](torch.empty(1, 3, *size, device="meta"))
+        networks[1](torch.empty(1, vae.config.latent_channels, *latents, device="meta"))
+    return 3 * counter.get_total_flops()
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating point operations a second of a large matrix product, measured now: the median of seven."""
+    size = 1024 if device.type == "cpu" else 8192
+    factors = [torch.randn(size, size, device=device, dtype=dtype) for _ in range(2)]
+    seconds = []
+    for _ in range(8):
+        synchronize(device)
+        started = perf_counter()
+        torch.mm(*factors)
+        synchronize(device)
+        seconds.append(perf_counter() - started)
+    return 2 * size**3 / median(seconds[1:])
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory in use since the program started, GB (10^9 bytes): of a GPU its tensors', else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

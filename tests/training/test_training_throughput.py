@@ -1,0 +1,42 @@
+"""dnd_hf.training.throughput: the operations it counts are those that PyTorch counts."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dnd_hf.training.throughput import matmul_rate, peak_memory, tokenizer_training_flops, transformer_training_flops
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"tie_prediction_heads": True}, {"num_key_value_heads": 1}, {"code_depth": 1, "prediction_layers": [1]}],
+)
+def test_the_transformers_operations(overrides, make_model, make_inputs):
+    model = make_model(**overrides).train()
+    model.set_attn_implementation("eager")  # every product is one that the counter sees
+    labels, codes = make_inputs(model, batch=3)
+    with FlopCounterMode(display=False) as counter:
+        model(labels, codes, labels=codes).loss.backward()
+    if "num_key_value_heads" in overrides:
+        assert model.config.num_key_value_heads < model.config.num_attention_heads
+    assert 3 * transformer_training_flops(model.config) == counter.get_total_flops()
+
+
+def test_the_tokenizers_operations(make_vae):
+    # Without attention, whose kernel for CPUs the counter does not know.
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = make_vae(sample_size=(8, 12), mid_block_add_attention=False, **blocks).train()
+    images = torch.rand(2, 3, 8, 12)
+    with FlopCounterMode(display=False) as counter:
+        latents = vae.encoder(images.requires_grad_())
+        vae.decoder(latents).sum().backward()
+    assert 2 * tokenizer_training_flops(vae, (8, 12)) == counter.get_total_flops()
+    assert next(vae.parameters()).device.type == "cpu"
+
+
+def test_a_rate_and_a_peak_are_measured():
+    assert matmul_rate(torch.device("cpu"), torch.float32) > 1e8
+    size = 5 * 10**8
+    block = torch.ones(size, dtype=torch.uint8)
+    assert size / 1e9 <= peak_memory(torch.device("cpu")) < 100
+    del block
