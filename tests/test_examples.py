@@ -65,7 +65,12 @@ def tokenizer(folder) -> Path:
 
 @pytest.fixture(scope="module")
 def codes(folder, tokenizer) -> Path:
-    launch(TWO_PROCESSES, "extract_codes.py", f"{WORDS} --vqvae rqvae --output_dir codes --batch_size 8", folder)
+    launch(
+        TWO_PROCESSES,
+        "extract_codes.py",
+        f"{WORDS} --vqvae rqvae --output_dir codes --batch_size 8 --shard_size 8",
+        folder,
+    )
     return folder / "codes"
 
 
@@ -100,7 +105,9 @@ def test_the_saved_tokenizer_has_the_averaged_weights_and_the_live_codebook(toke
 
 
 def test_frozen_codes_train_the_decoder_alone(folder, tokenizer):
-    options = "--pretrained_vqvae rqvae --freeze_codes true --lr_warmup_steps 0 --output_dir rqvae-decoder"
+    options = (
+        "--pretrained_vqvae rqvae --freeze_codes true --lr_warmup_steps 0 --min_perplexity 0 --output_dir rqvae-decoder"
+    )
     launch(ALONE, "train_rqvae.py", f"{TOKENIZER} {options}", folder)
     before, after = (
         load_file(path / "diffusion_pytorch_model.safetensors") for path in (tokenizer, folder / "rqvae-decoder")
@@ -143,7 +150,7 @@ def test_extract_codes_of_two_processes_loses_and_doubles_no_picture(tokenizer, 
 
 def test_train_leaves_a_whole_pipeline_with_names_metrics_and_samples(pipeline):
     pipe = DnDPipeline.from_pretrained(pipeline)
-    assert pipe.get_label_ids("answer") == [1]
+    assert pipe.get_label_ids("ANGEL") == [1]
     assert pipe.transformer.generation_config.guidance_scale == 2.0
     names = {name for line in read_metrics(pipeline / "metrics.jsonl") for name in line}
     assert {"train/loss", "train/loss_depth_2", "validation/loss_depth_1"} < names
@@ -161,7 +168,7 @@ def test_train_reads_pictures_and_a_yaml_file(folder, tokenizer):
 
 
 def test_generate_makes_each_picture_from_its_own_seed(folder, pipeline):
-    options = "--model dnd --labels animal 3 --num_images_per_label 2 --batch_size 3 --seed 5 --output out/grid.png"
+    options = "--model dnd --labels ALARM 3 --num_images_per_label 2 --batch_size 3 --seed 5 --output out/grid.png"
     printed = launch(ALONE, "generate.py", f"{options} --single_files out/single", folder)
     assert "4 images in" in printed and "out/grid.png" in printed
     assert Image.open(folder / "out" / "grid.png").size == (2 * 64, 2 * 16)
@@ -184,3 +191,18 @@ def test_bad_arguments_end_with_a_message_before_any_work(monkeypatch, capsys, s
     with pytest.raises(SystemExit):
         runpy.run_path(str(REPOSITORY / "examples" / script), run_name="__main__")
     assert message in capsys.readouterr().err
+
+
+def test_benchmark_times_every_section_and_knows_its_floor(folder):
+    options = (
+        "--grid_size 2 --decode_batch_sizes 1 --train_batch_size 1 --quantizer_depth 2 --quantizer_batch_size 1"
+        " --tokenize_batch_sizes 1 --image_size 32 --extract_images 2 --repeats 1 --output_dir benchmark"
+    )
+    launch(ALONE, "benchmark.py", options, folder)
+    rows = json.loads((folder / "benchmark" / "benchmark.json").read_text())["rows"]
+    assert [line["section"] for line in rows] == [
+        "decode", "train", "quantize", "quantize", "tokenize", "tokenize", "extract"
+    ]  # fmt: skip
+    assert all(line["ours"] > 0 and "reference" not in line for line in rows)
+    assert rows[0]["share_of_floor"] > 0 and rows[1]["mfu"] > 0
+    assert (folder / "benchmark" / "benchmark.md").read_text().count("\n") == 2 + len(rows)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, default_collate
 from dnd_hf.training.arguments import TrainingArguments, parse_arguments
 from dnd_hf.training.checkpoints import find_checkpoint, list_checkpoints
 from dnd_hf.training.data_order import TrainingStream, hold_out
-from dnd_hf.training.optimization import averaged_weights, weight_decay_groups
+from dnd_hf.training.optimization import WeightAverage, averaged_weights, weight_decay_groups
 from dnd_hf.training.reports import JsonlTracker, plot_training_curves, read_metrics
 from dnd_hf.training.run import TrainingRun
 
@@ -191,6 +191,24 @@ def test_averaged_weights_keep_the_models_own_buffers_and_give_its_weights_back(
     with averaged_weights(ema, model):
         assert model.weight.tolist() == [1, 1] and model.running_mean.tolist() == [7, 7] and not model.training
     assert model.weight.tolist() == [3, 3] and model.training
+
+
+def test_averages_of_bfloat16_weights_are_float32_and_survive_a_checkpoint():
+    model = nn.Linear(2, 1, bias=False).bfloat16()
+    average = WeightAverage(model.parameters(), 0.999)
+    for weight in (2, 4, 8):
+        with torch.no_grad():
+            model.weight.fill_(weight)
+        average.step(model.parameters())
+    # EMAModel starts from the first weights; its decay is (1 + n) / (10 + n) n steps later, up to the one asked for.
+    by_hand = 2.0
+    for decay, weight in ((2 / 11, 4), (3 / 12, 8)):
+        by_hand = decay * by_hand + (1 - decay) * weight
+    (shadow,) = average.shadow_params
+    assert shadow.dtype == torch.float32 and shadow[0, 0].item() == pytest.approx(by_hand, rel=1e-6)
+    again = WeightAverage(model.parameters(), 0.999)
+    again.load_state_dict(average.state_dict())
+    assert torch.equal(again.shadow_params[0], shadow) and again.optimization_step == 3
 
 
 def test_a_new_run_starts_a_new_metrics_file(tmp_path):

@@ -57,6 +57,7 @@ else:
 
     import json
     import os
+    import shutil
     from collections.abc import Callable, Sequence
     from difflib import get_close_matches
     from importlib import import_module
@@ -65,6 +66,7 @@ else:
     import torch
     from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
     from diffusers.image_processor import VaeImageProcessor
+    from huggingface_hub import file_exists
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -72,6 +74,36 @@ else:
 
     COMPONENTS = {"transformer": ("modeling_dnd", "DnDForImageGeneration"), "vqvae": ("autoencoder_rqvae", "RQVAE")}
     OUTPUT_TYPES = ("pil", "np", "pt", "codes")
+
+
+    def model_card(name: str) -> str:
+        """The model card of a pipeline of which no more is known: what it is, and how to use it."""
+        return "\n".join(  # lines, because a saved pipeline holds this code with another indentation
+            (
+                "---",
+                "library_name: diffusers",
+                "pipeline_tag: unconditional-image-generation",
+                "tags:",
+                "- dnd-transformer",
+                "- class-conditional-image-generation",
+                "---",
+                "",
+                f"# {name}",
+                "",
+                "A DnD-Transformer ([arXiv 2410.01912](https://arxiv.org/abs/2410.01912)): class labels in, pictures out.",
+                "",
+                "```python",
+                "from diffusers import DiffusionPipeline",
+                "",
+                f'pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)',
+                "pipe.labels  # names and ids of its classes",
+                'pipe(0).images[0].save("picture.png")',
+                "```",
+                "",
+                f'With dnd_hf installed, `dnd_hf.DnDPipeline.from_pretrained("{name}")` runs no code of this repository.',
+                "",
+            )
+        )
 
 
     class DnDPipeline(DiffusionPipeline):
@@ -160,6 +192,24 @@ else:
                     kept = {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if k != "_name_or_path"}
                     file.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
+        def _upload_folder(
+            self, working_dir: str | os.PathLike, repo_id: str, token: str | None = None, subfolder: str | None = None, **kw
+        ):
+            # Called by `push_to_hub`, which keeps the card of the repository and, where there is none, writes an empty one.
+            # The card of the folder that the pipeline was loaded from takes its place, with its pictures.
+            if subfolder is None and not file_exists(repo_id, "README.md", token=token):
+                target, source = Path(working_dir), Path(self.name_or_path or working_dir)
+                (target / "README.md").write_text(model_card(repo_id), encoding="utf-8")
+                if (source / "README.md").is_file() and source.resolve() != target.resolve():
+                    shutil.copyfile(source / "README.md", target / "README.md")
+                    text = (source / "README.md").read_text(encoding="utf-8")
+                    for picture in source.rglob("*.png"):
+                        name = picture.relative_to(source)
+                        if f"({name.as_posix()})" in text:
+                            (target / name).parent.mkdir(parents=True, exist_ok=True)
+                            shutil.copyfile(picture, target / name)
+            return super()._upload_folder(working_dir, repo_id, token=token, subfolder=subfolder, **kw)
+
         @property
         def labels(self) -> dict[str, int]:
             """Class names and their ids; a name such as "tench, Tinca tinca" also counts for each of its parts."""
@@ -197,14 +247,16 @@ else:
             output_type: str = "pil",
             return_dict: bool = True,
             callback_on_step_end: Callable[["DnDPipeline", int, int, dict], dict | None] | None = None,
+            guidance_schedule: str | None = None,
+            guidance_power: float | None = None,
         ) -> ImagePipelineOutput | tuple:
             """Makes `num_images_per_label` pictures of each label, those of one label side by side.
 
             Args:
                 class_labels: ids in `[0, num_classes)` or names, one or several; may be left out where there is one class.
                 num_images_per_label: at least 1.
-                guidance_scale, temperature, top_k, top_p: see [`DnDForImageGeneration.generate`]; `None`: what the
-                    checkpoint's `generation_config.json` says.
+                guidance_scale, temperature, top_k, top_p, guidance_schedule, guidance_power: see
+                    [`DnDForImageGeneration.generate`]; `None`: what the checkpoint's `generation_config.json` says.
                 generator: one, or a list of one an image; image i then depends on its own generator alone.
                 output_type: `"pil"`, `"np"` (float `(n, H, W, 3)` in [0, 1]), `"pt"` (float `(n, 3, H, W)` in [0, 1]) or
                     `"codes"` (int64 `(n, height, width, depth)`).
@@ -238,6 +290,8 @@ else:
                     top_k=top_k,
                     top_p=top_p,
                     generator=generator,
+                    guidance_schedule=guidance_schedule,
+                    guidance_power=guidance_power,
                     callback=on_step,
                 )
             if output_type == "codes":

@@ -193,6 +193,27 @@ else:
     )
 
 
+    GUIDANCE_SCHEDULES = ("constant", "linear", "power-cosine")
+
+
+    def guidance_scales(scale: float, schedule: str, power: float, length: int) -> list[float]:
+        """The guidance scale of each grid position t of `length`, in raster order.
+
+        Args:
+            scale: g, the scale that the schedule is about.
+            schedule: `"constant"`: g. `"linear"`: `1 + (g - 1) * t / length`. `"power-cosine"` (RAR, arXiv 2411.00776,
+                Appendix): `1 + (g - 1) / 2 * (1 - cos(pi * (t / length) ** power))`.
+            power: of the last; RAR's are 1.2 to 2.75. The greater, the later guidance sets in.
+            length: number of positions.
+        """
+        progress = [t / length for t in range(length)]
+        if schedule == "linear":
+            return [1 + (scale - 1) * part for part in progress]
+        if schedule == "power-cosine":
+            return [1 + (scale - 1) / 2 * (1 - math.cos(math.pi * part**power)) for part in progress]
+        return [scale] * length
+
+
     class KeyValueCache:
         """Keys and values of all layers, `(layers, 2, batch, heads, positions, head_dim)`, allocated once.
 
@@ -231,11 +252,13 @@ else:
             generator: torch.Generator | list[torch.Generator] | None = None,
             generation_config: GenerationConfig | None = None,
             callback: Callable[[int, Tensor], None] | None = None,
+            guidance_schedule: str | None = None,
+            guidance_power: float | None = None,
         ) -> Tensor:
             """Samples the codes of one image a label.
 
             Arguments left `None` are taken from `generation_config` (default: the checkpoint's own); what that leaves
-            open is guidance 2 (1 without a null class), temperature 1, no filters, sampling.
+            open is guidance 2 (1 without a null class), constant, temperature 1, no filters, sampling.
 
             Args:
                 class_labels: `(batch,)` integers in `[0, num_classes)`.
@@ -248,6 +271,9 @@ else:
                 do_sample: `False`: the most likely code is taken (greedy).
                 generator: one, or one an image: then image i depends on its own generator alone, not on the batch.
                 callback: called after each grid position with its index and the codes so far.
+                guidance_schedule, guidance_power: how the guidance grows over the picture, see [`guidance_scales`];
+                    `"constant"` (the default), `"linear"` or `"power-cosine"`, the last with a power greater than 0
+                    (default 2.75).
 
             Returns:
                 `(batch, height, width, depth)` int64 in `[0, vocab_size)`.
@@ -264,6 +290,13 @@ else:
             if guidance_scale is None:
                 guidance_scale = 2.0 if config.has_null_class else 1.0
             _check_range("guidance_scale", guidance_scale, "finite and at least 0", lambda v: v >= 0)
+            if guidance_schedule is None:
+                guidance_schedule = getattr(sampling, "guidance_schedule", "constant")
+            if guidance_schedule not in GUIDANCE_SCHEDULES:
+                raise ValueError(f"`guidance_schedule` must be one of {GUIDANCE_SCHEDULES}, got {guidance_schedule!r}.")
+            if guidance_power is None:
+                guidance_power = getattr(sampling, "guidance_power", 2.75)
+            _check_range("guidance_power", guidance_power, "finite and greater than 0", lambda v: v > 0)
             guided = guidance_scale != 1
             if guided and not config.has_null_class:
                 raise ValueError(
@@ -283,6 +316,7 @@ else:
             device = class_labels.device
             noise_BLD = _uniform((batch, length, depth), generator, device) if do_sample else None
 
+            scales = guidance_scales(guidance_scale, guidance_schedule, guidance_power, length)
             codes_BLD = torch.zeros(batch, length, depth, dtype=torch.int64, device=device)
             if guided:
                 class_labels = torch.cat([class_labels, torch.full_like(class_labels, config.num_classes)])
@@ -290,11 +324,11 @@ else:
             cache = self._allocate_cache(len(class_labels), device, token_BC.dtype)
             cos, sin = self.rotary_embeddings(device, token_BC.dtype)
 
-            def choose(k: int, logits_BLV: Tensor) -> Tensor:
-                logits_BV = logits_BLV[:, -1].float()
+            def choose(k: int, hidden_BLC: Tensor) -> Tensor:
+                logits_BV = self.head(k)(hidden_BLC[:, -1]).float()
                 if guided:
                     conditional, null = logits_BV.chunk(2)
-                    logits_BV = null + (conditional - null) * guidance_scale
+                    logits_BV = null + (conditional - null) * scales[cache.position]
                 if do_sample:
                     codes_B = draw(filters[k](None, logits_BV), noise_BLD[:, cache.position, k])
                 else:
@@ -419,11 +453,16 @@ else:
     import torch
     import torch.nn.functional as F
     from torch import Tensor, nn
+    from torch.utils.checkpoint import checkpoint
     from transformers import PreTrainedModel, initialization
     from transformers.masking_utils import create_causal_mask
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
-    from transformers.utils import ModelOutput
+    from transformers.utils import ModelOutput, is_liger_kernel_available
 
+
+
+    LOGITS_AT_ONCE = 2**24
+    """How many logits the loss computes at a time when they are not asked for: 64 MiB in float32."""
 
 
     @dataclass
@@ -433,7 +472,8 @@ else:
         Args:
             loss: scalar, the mean cross-entropy (nats) over all positions and depths; given `labels`.
             depth_losses: `(depth,)`, the same mean for each depth; given `labels`.
-            logits: `(batch, height * width, depth, vocab_size)`; position i holds the prediction of grid cell i.
+            logits: `(batch, height * width, depth, vocab_size)`; position i holds the prediction of grid cell i. None
+                with `output_logits=False`.
         """
 
         loss: Tensor | None = None
@@ -524,6 +564,7 @@ else:
             class_labels: Tensor,
             codes: Tensor,
             labels: Tensor | None = None,
+            output_logits: bool = True,
             return_dict: bool | None = None,
         ) -> DnDOutput | tuple[Tensor, ...]:
             """Predicts every code from the codes before it (teacher forcing).
@@ -533,9 +574,11 @@ else:
                     training mode replaces a share `class_dropout_prob` of them.
                 codes: `(batch, height, width, depth)` integers in `[0, vocab_size)`.
                 labels: the targets, same shape; -100 leaves a code out of the loss.
+                output_logits: False computes the loss piece by piece ([`summed_cross_entropy`]), so that the logits, the
+                    largest tensors of a training step, are never held as a whole.
 
             Raises:
-                ValueError: shapes that do not fit each other or the configuration.
+                ValueError: shapes that do not fit each other or the configuration; neither labels nor logits asked for.
             """
             config = self.config
             grid = (*config.grid_size, config.code_depth)
@@ -545,6 +588,8 @@ else:
                 raise ValueError(f"`class_labels` must be ({len(codes)},), got shape {tuple(class_labels.shape)}.")
             if labels is not None and labels.shape != codes.shape:
                 raise ValueError(f"`labels` must have the shape of `codes`, got {tuple(labels.shape)}.")
+            if labels is None and not output_logits:
+                raise ValueError("`output_logits=False` without `labels` leaves nothing to compute.")
 
             if self.training and config.has_null_class:
                 dropped = torch.rand(class_labels.shape, device=class_labels.device) < config.class_dropout_prob
@@ -555,38 +600,43 @@ else:
             mask = create_causal_mask(config, inputs_embeds=hidden_BLC, attention_mask=None, past_key_values=None)
             rotary = self.rotary_embeddings(hidden_BLC.device, hidden_BLC.dtype)
 
-            logits = []
+            logits, sums = [], []
+            targets = None if labels is None else labels.flatten(0, 2).unbind(-1)
 
-            def teach(k: int, logits_BLV: Tensor) -> Tensor:
-                logits.append(logits_BLV)
+            def teach(k: int, hidden_BLC: Tensor) -> Tensor:
+                if output_logits:
+                    logits.append(self.head(k)(hidden_BLC))
+                if output_logits and targets:
+                    sums.append(F.cross_entropy(logits[k].flatten(0, 1).float(), targets[k], reduction="sum"))
+                elif targets:
+                    sums.append(summed_cross_entropy(hidden_BLC.flatten(0, 1), self.head(k).weight, targets[k]))
                 return codes_BLD[..., k]
 
             self.run_layers(hidden_BLC, teach, position_embeddings=rotary, attention_mask=mask)
 
             loss = depth_losses = None
-            if labels is not None:
-                targets = labels.flatten(1, 2).flatten(0, 1).unbind(-1)
-                sums = [
-                    F.cross_entropy(logits_BLV.flatten(0, 1).float(), target, reduction="sum")
-                    for logits_BLV, target in zip(logits, targets)
-                ]
+            if targets:
                 sums, counts = torch.stack(sums), (torch.stack(targets) != -100).sum(1)
                 loss, depth_losses = sums.sum() / counts.sum(), sums / counts
-            output = DnDOutput(loss=loss, depth_losses=depth_losses, logits=torch.stack(logits, dim=2))
+            logits = torch.stack(logits, dim=2) if output_logits else None
+            output = DnDOutput(loss=loss, depth_losses=depth_losses, logits=logits)
             return output.to_tuple() if return_dict is False else output
+
+        def head(self, k: int) -> nn.Linear:
+            """The linear part of the head of depth k."""
+            return self.heads[0 if self.config.tie_prediction_heads else k]
 
         def run_layers(self, hidden_BLC: Tensor, choose: Callable[[int, Tensor], Tensor], **attention_kwargs) -> None:
             """The DnD forward pass, the same in training and generation (Section 3.2).
 
-            `choose(k, logits_BLV)` receives the logits of head k and returns the codes `(B, L)` of that depth: the true
-            ones in training, sampled ones in generation. Layers above the last head are not run.
+            `choose(k, hidden_BLC)` receives what head k reads, normalised, and returns the codes `(B, L)` of that depth:
+            the true ones in training, sampled ones in generation. Layers above the last head are not run.
             """
             config = self.config
             for index, layer in enumerate(self.layers[: config.prediction_layers[-1] + 1]):
                 hidden_BLC = layer(hidden_BLC, **attention_kwargs)
                 for k in (k for k, at in enumerate(config.prediction_layers) if at == index):
-                    head = self.heads[0 if config.tie_prediction_heads else k]
-                    codes_BL = choose(k, head(self.norms[k](hidden_BLC)))
+                    codes_BL = choose(k, self.norms[k](hidden_BLC))
                     if config.depth_mode == "dnd" and k < config.code_depth - 1:
                         hidden_BLC = hidden_BLC + self.embed_tokens(codes_BL)
 
@@ -606,3 +656,30 @@ else:
             angles = torch.cat([angles, angles], dim=1)
             cos, sin = (F.pad(table, (0, 0, 1, 0))[None].to(dtype) for table in (angles.cos(), angles.sin()))
             return cos, sin
+
+
+    def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of `hidden @ weight.T`, in nats and summed over the rows, in little memory.
+
+        On CUDA, where Liger is installed, its fused kernel; elsewhere piece by piece, each piece computed a second time in
+        the backward pass, so that at most `LOGITS_AT_ONCE` logits exist at a time.
+
+        Args:
+            hidden: `(rows, hidden_size)`.
+            weight: `(vocab_size, hidden_size)`.
+            targets: `(rows,)` integers in `[0, vocab_size)`; -100 leaves a row out.
+
+        Returns:
+            Scalar, float32.
+        """
+        if hidden.is_cuda and is_liger_kernel_available():
+            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+            return LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, targets)
+
+        def piece(rows: Tensor, goals: Tensor) -> Tensor:
+            return F.cross_entropy(F.linear(rows, weight).float(), goals, reduction="sum")
+
+        size = max(1, LOGITS_AT_ONCE // len(weight))
+        pieces = zip(hidden.split(size), targets.split(size))
+        return torch.stack([checkpoint(piece, rows, goals, use_reentrant=False) for rows, goals in pieces]).sum()
