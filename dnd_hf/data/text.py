@@ -1,0 +1,265 @@
+"""Text-Image (arXiv 2410.01912, section 4): English prose to pictures of it, each kept with the words it shows.
+
+The paper's pictures: 512 x 512 pixels, 32 pt, at most 100 words, a margin of 20 pixels. Words are drawn one after
+another as they stand, so the languages are those written from left to right with spaces between words.
+"""
+
+import hashlib
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import numpy as np
+from datasets import Features, Value
+from PIL import Image, ImageDraw, ImageFont
+
+from .images import as_size
+from .picture_shards import Note
+
+
+DEFAULT_FONTS = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono")
+"""Faces that matplotlib ships (extra `text`)."""
+
+_FILE_KINDS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+class Face:
+    """A font file at one size, and which characters it can show.
+
+    Args:
+        name: path of a font file, or the name of a face that matplotlib ships, such as "DejaVuSans".
+        size: pixels an em, which Pillow calls points.
+
+    Raises:
+        ValueError: no font with outlines and Unicode characters.
+        ImportError: fontTools is not installed, or matplotlib where its face is asked for.
+    """
+
+    def __init__(self, name: str, size: int):
+        try:
+            from fontTools.ttLib import TTFont
+        except ImportError as error:
+            raise ImportError('drawing text needs fontTools: pip install "dnd-hf[text]"') from error
+        self.path = font_path(name)
+        try:
+            with TTFont(self.path, lazy=True, fontNumber=0) as font:
+                glyphs = font.getBestCmap() or {}
+            # The basic layout is the same everywhere; Pillow's other one needs a library that may be missing.
+            self.font = ImageFont.truetype(str(self.path), size, layout_engine=ImageFont.Layout.BASIC)
+        except Exception as error:  # the readers raise whatever a damaged file leads them to
+            raise ValueError(f"{name} is no font that can be used: {error}") from error
+        if not glyphs:
+            raise ValueError(f"{name} has no table of Unicode characters.")
+        self._codes = {code for code, glyph in glyphs.items() if glyph != ".notdef"}
+        self.line_height = sum(self.font.getmetrics())
+        self.shows_character, self.length = cache(self._shows_character), cache(self.font.getlength)
+        self.ink = lru_cache(64)(self.font.getbbox)  # of the lines of the picture in hand
+
+    def _shows_character(self, character: str) -> bool:
+        # Marks and right-to-left scripts have glyphs, but need shaping to be drawn where they belong.
+        return (
+            ord(character) in self._codes
+            and unicodedata.category(character)[0] not in "CM"
+            and unicodedata.bidirectional(character) not in ("R", "AL")
+            and self.font.getmask(character).getbbox() is not None
+        )
+
+    def shows(self, word: str) -> bool:
+        """Whether every character of the word has a visible glyph here and is drawn rightly one after another."""
+        return all(map(self.shows_character, word))
+
+
+@cache
+def _face(name: str, size: int) -> Face:
+    return Face(name, size)
+
+
+def font_path(name: str) -> Path:
+    """The path of a font file, or of the face of this name that matplotlib ships."""
+    if Path(name).suffix:
+        return Path(name)
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError('the default fonts are those of matplotlib: pip install "dnd-hf[text]"') from error
+    return Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a text as they are drawn: composed characters (NFC), no invisible ones such as soft hyphens."""
+    if not text.isascii():
+        text = "".join(character for character in text if unicodedata.category(character) != "Cf")
+    return unicodedata.normalize("NFC", text).split()
+
+
+@dataclass
+class TextPictures:
+    """Cuts texts into pictures of consecutive words, black on white, wrapped, from the top left corner.
+
+    A picture takes one of the fonts at random among those that can show its first word, and as many words as fit, up to
+    `max_words`; it ends early before a word that its font cannot show, with which the next picture begins. A word that
+    no font can show, or that is larger than a line, is left out and counted, and no picture goes across it.
+
+    Args:
+        fonts: files (.ttf, .otf), or names of faces that matplotlib ships.
+        image_size: height and width, pixels; one number for a square.
+        font_size: pixels an em, which Pillow calls points.
+        margin: pixels along each edge that no ink touches.
+        max_words, min_words: of a picture; shorter ones (the end of a text) are left out and counted.
+        line_spacing: at least 1, of the height of the font's lines.
+        seed: of the choice of fonts; text i depends on `(seed, i)` alone.
+
+    Raises:
+        ValueError: an argument outside its range, a font that cannot be used, or no room for a line.
+    """
+
+    fonts: list[str] = field(default_factory=lambda: list(DEFAULT_FONTS))
+    image_size: int | list[int] = 512
+    font_size: int = 32
+    margin: int = 20
+    max_words: int = 100
+    min_words: int = 1
+    line_spacing: float = 1.0
+    seed: int = 0
+
+    features = Features(
+        {"image": datasets.Image(), "text": Value("string"), "font": Value("string"), "source": Value("int64")}
+    )
+
+    def __post_init__(self):
+        self.height, self.width = as_size(self.image_size)
+        for name in ("font_size", "max_words", "min_words"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        for name in ("margin", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        if self.min_words > self.max_words:
+            raise ValueError(f"`min_words` must not exceed `max_words`, got {self.min_words} and {self.max_words}.")
+        if self.line_spacing < 1:
+            raise ValueError(f"`line_spacing` must be at least 1, got {self.line_spacing}.")
+        if not self.fonts:
+            raise ValueError("`fonts` must name at least one font.")
+        for name in self.fonts:
+            line_height = _face(name, self.font_size).line_height
+            if self.width <= 2 * self.margin or self.height < 2 * self.margin + line_height:
+                raise ValueError(
+                    f"a picture of {self.height} x {self.width} pixels has no room for a line of {line_height} pixels"
+                    f" ({name}) inside a margin of {self.margin}."
+                )
+
+    def font_digests(self) -> list[str]:
+        """SHA-256 of each font file: what the pictures depend on beside the arguments."""
+        return [hashlib.sha256(font_path(name).read_bytes()).hexdigest() for name in self.fonts]
+
+    def wrap(self, words: list[str], face: Face) -> list[str]:
+        """The lines of a picture that begins with the first of these words; [] where that is larger than a line."""
+        room, pitch = self.width - 2 * self.margin, face.line_height * self.line_spacing
+        num_lines = 1 + int((self.height - 2 * self.margin - face.line_height) / pitch)
+        lines, start = [], 0
+        while len(lines) < num_lines and start < min(len(words), self.max_words):
+            end, length = start, 0.0
+            for word in words[start : self.max_words]:
+                length += face.length(word)
+                if length > room or not face.shows(word):
+                    break
+                end, length = end + 1, length + face.length(" ")
+            # Ink may reach beyond the advance of the glyphs, or above and below the line.
+            while end > start and not self._fits(" ".join(words[start:end]), face):
+                end -= 1
+            if end == start:
+                break
+            lines.append(" ".join(words[start:end]))
+            start = end
+        return lines
+
+    def _fits(self, line: str, face: Face) -> bool:
+        left, top, right, bottom = face.ink(line)
+        return right - min(left, 0) <= self.width - 2 * self.margin and top >= 0 and bottom <= face.line_height
+
+    def draw(self, lines: list[str], face: Face) -> Image.Image:
+        """The picture of these lines, mode "L"."""
+        picture = Image.new("L", (self.width, self.height), 255)
+        canvas = ImageDraw.Draw(picture)
+        for number, line in enumerate(lines):
+            left = min(face.ink(line)[0], 0)
+            top = self.margin + int(number * face.line_height * self.line_spacing)
+            canvas.text((self.margin - left, top), line, fill=0, font=face.font)
+        return picture
+
+    def rows(self, items: list[tuple[int, str]], note: Note) -> Iterator[dict]:
+        """The pictures of texts (number in the source, text): `image`, its `text`, `font` and `source`, the number."""
+        faces = [_face(name, self.font_size) for name in self.fonts]
+        for source, text in items:
+            rng = np.random.default_rng((self.seed, source))
+            words = split_words(text)
+            if not words:
+                note.left_out["empty texts"] += 1
+            start = 0
+            while start < len(words):
+                order = rng.permutation(len(faces))
+                chosen = next((number for number in order if faces[number].shows(words[start])), None)
+                if chosen is None:
+                    note.left_out["words that no font shows"] += 1
+                    start += 1
+                    continue
+                face = faces[chosen]
+                lines = self.wrap(words[start : start + self.max_words], face)
+                if not lines:
+                    note.left_out["words larger than a line"] += 1
+                    start += 1
+                    continue
+                shown = " ".join(lines)
+                num_words = shown.count(" ") + 1
+                start += num_words
+                if num_words < self.min_words:
+                    note.left_out["pictures of too few words"] += 1
+                    continue
+                yield {"image": self.draw(lines, face), "text": shown, "font": face.path.name, "source": source}
+
+
+def load_texts(
+    name: str,
+    config_name: str | None = None,
+    split: str = "train",
+    column: str = "text",
+    streaming: bool = False,
+    sample_by: Literal["line", "paragraph", "document"] = "paragraph",
+    num_texts: int | None = None,
+) -> Iterator[tuple[int, str]]:
+    """Opens a source of texts and returns its (number, text), always in the same order; nothing to read is "".
+
+    Args:
+        name: a data set on the Hub, a local folder, or .txt, .jsonl, .json, .csv or .parquet files (compressed or not;
+            a pattern such as `books/*.txt` too).
+        config_name, split, streaming: as in `datasets.load_dataset`.
+        column: of the texts.
+        sample_by: what one text of .txt files is.
+        num_texts: how many to use, the first ones; default: all.
+
+    Raises:
+        ValueError: no such split or column, or no texts in it; no such source: FileNotFoundError.
+    """
+    if num_texts is not None and num_texts < 1:
+        raise ValueError(f"`num_texts` must be positive, got {num_texts}.")
+    kind = next((_FILE_KINDS[suffix] for suffix in Path(name).suffixes if suffix in _FILE_KINDS), None)
+    if kind:
+        options = {"sample_by": sample_by} if kind == "text" else {}
+        rows = datasets.load_dataset(kind, data_files=name, split=split, streaming=streaming, **options)
+    else:
+        rows = datasets.load_dataset(name, config_name, split=split, streaming=streaming)
+    first = next(iter(rows), None)
+    if first is None:
+        raise ValueError(f"{name} has no texts in {split!r}.")
+    if column not in first:
+        raise ValueError(f"{name} has no column {column!r}; it has {list(first)}.")
+    if not isinstance(first[column], str | None):
+        raise ValueError(f"column {column!r} of {name} holds no texts but {type(first[column]).__name__}.")
+    batches = rows.select_columns([column]).iter(batch_size=1000)
+    texts = (text or "" for batch in batches for text in batch[column])
+    return islice(enumerate(texts), num_texts)

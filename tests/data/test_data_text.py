@@ -1,0 +1,206 @@
+"""dnd_hf.data.text: pictures show exactly the words beside them, inside the margin, and no boxes for missing glyphs."""
+
+import json
+import textwrap
+import unicodedata
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fontTools.subset import Subsetter
+from fontTools.ttLib import TTFont
+from PIL import Image, ImageDraw, ImageFont
+
+from dnd_hf.data.picture_shards import Note
+from dnd_hf.data.text import Face, TextPictures, font_path, load_texts, split_words
+
+
+PROSE = (
+    "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a"
+    " wife. “Äh, ÅNGSTRÖM & Ñandú?” fjord, jiffy, (AVATAR) [Quijote] Öffnung — 1,234.50 € “if you like”, he said; f! f?"
+    " jjj fff. However little known the feelings or views of such a man may be on his first entering a neighbourhood."
+)
+
+
+def make(text: str, note: Note | None = None, source: int = 0, **options) -> list[dict]:
+    return list(TextPictures(**options).rows([(source, text)], note or Note()))
+
+
+@pytest.fixture(scope="module")
+def abc_font(tmp_path_factory) -> str:
+    """DejaVu Sans with the letters a, b and c alone."""
+    font = TTFont(font_path("DejaVuSans"))
+    subsetter = Subsetter()
+    subsetter.populate(text="abc ")
+    subsetter.subset(font)
+    path = tmp_path_factory.mktemp("fonts") / "abc.ttf"
+    font.save(path)
+    return str(path)
+
+
+def test_in_a_monospaced_face_pictures_are_the_lines_of_textwrap_as_pillow_draws_them():
+    rows = make(PROSE, fonts=["DejaVuSansMono"], image_size=[200, 300], font_size=20, margin=10, line_spacing=1.5)
+    font = ImageFont.truetype(str(font_path("DejaVuSansMono")), 20, layout_engine=ImageFont.Layout.BASIC)
+    height = sum(font.getmetrics())
+    lines = textwrap.wrap(PROSE, int(280 / font.getlength("x")), break_on_hyphens=False)
+    a_picture = int((180 - height) / (1.5 * height)) + 1
+    assert a_picture > 2 and len(rows) == -(-len(lines) // a_picture) > 2
+    for number, row in enumerate(rows):
+        shown = lines[number * a_picture : (number + 1) * a_picture]
+        expected = Image.new("L", (300, 200), "white")
+        for place, line in enumerate(shown):
+            ImageDraw.Draw(expected).text((10, 10 + int(place * 1.5 * height)), line, "black", font)
+        assert row["text"] == " ".join(shown)
+        assert np.array_equal(row["image"], expected)
+
+
+@pytest.mark.parametrize(
+    "face", ["DejaVuSans", "DejaVuSerif-BoldItalic", "DejaVuSansMono-Oblique", "STIXGeneralItalic"]
+)
+def test_ink_stays_inside_the_margin_and_the_texts_are_the_prose_word_for_word(face):
+    for font_size, margin in ((32, 20), (17, 0)):
+        note = Note()
+        rows = make(PROSE, note, fonts=[face], image_size=[180, 331], font_size=font_size, margin=margin)
+        assert " ".join(row["text"] for row in rows) == PROSE and not note.left_out
+        for row in rows:
+            ink = 255 - np.array(row["image"], dtype=int)
+            assert ink.shape == (180, 331) and ink.max() == 255
+            assert ink.sum() == ink[margin : 180 - margin, margin : 331 - margin].sum()
+    # Nothing is cut off either: without a margin, there is as much ink as anywhere else.
+    pictures = TextPictures([face], [180, 331], 17, 0)
+    line = PROSE.split()[-1]
+    alone = Image.new("L", (400, 100), "white")
+    ImageDraw.Draw(alone).text((50, 50), line, "black", Face(face, 17).font)
+    assert (255 - np.array(pictures.draw([line], Face(face, 17)), dtype=int)).sum() == (
+        255 - np.array(alone, dtype=int)
+    ).sum()
+
+
+def test_without_one_of_its_words_a_picture_is_another():
+    pictures, face = TextPictures(), Face("DejaVuSerif", 32)
+    words = PROSE.split()[:40]
+    whole = pictures.draw(pictures.wrap(words, face), face)
+    for missing in range(40):
+        rest = words[:missing] + words[missing + 1 :]
+        assert not np.array_equal(pictures.draw(pictures.wrap(rest, face), face), whole)
+
+
+def test_pictures_have_at_most_max_words_and_shorter_ones_than_min_words_are_counted():
+    note = Note()
+    rows = make("a " * 25, note, max_words=10, min_words=6)
+    assert [row["text"] for row in rows] == [" ".join("a" * 10)] * 2
+    assert note.left_out == {"pictures of too few words": 1}
+    assert len(make("a " * 1000, max_words=300)) > 4  # there is room for fewer
+
+
+def test_a_picture_depends_on_its_seed_and_source_alone():
+    pictures = TextPictures(image_size=128)
+    items = [(source, PROSE) for source in range(8)]
+
+    def rows(pictures, items):
+        return [(row["source"], row["text"], row["image"].tobytes()) for row in pictures.rows(items, Note())]
+
+    assert rows(pictures, items) == [row for item in items for row in rows(pictures, [item])]
+    assert rows(pictures, items) != rows(TextPictures(image_size=128, seed=1), items)
+    assert len({row["font"] for row in pictures.rows(items, Note())}) == 3
+
+
+def test_words_that_a_font_lacks_are_drawn_in_another_one(abc_font):
+    for seed in range(5):
+        rows = make("abc cab dig bac", fonts=[abc_font, "DejaVuSans"], seed=seed)
+        fonts = {word: row["font"] for row in rows for word in row["text"].split()}
+        assert list(fonts) == ["abc", "cab", "dig", "bac"] and fonts["dig"] == "DejaVuSans.ttf"
+        if rows[0]["font"] == "abc.ttf":
+            assert rows[0]["text"] == "abc cab"
+
+
+def test_words_that_no_font_has_are_left_out_and_counted_and_no_picture_goes_across_them(abc_font):
+    note = Note()
+    assert [row["text"] for row in make("abc dig cab bad", note, fonts=[abc_font])] == ["abc", "cab"]
+    assert note.left_out == {"words that no font shows": 2}
+    note = Note()
+    assert not make(" \n ", note, fonts=[abc_font]) and note.left_out == {"empty texts": 1}
+
+
+def test_a_word_larger_than_a_line_is_left_out_and_counted():
+    note = Note()
+    rows = make(f"one two {'w' * 40} three Ẳ four", note, fonts=["DejaVuSans"], image_size=256)
+    assert [row["text"] for row in rows] == ["one two", "three", "four"]  # the accents of Ẳ reach above the line
+    assert note.left_out == {"words larger than a line": 2}
+
+
+@pytest.mark.parametrize("character", ["\u0301", "א", "س", "\ue000", "漢", "\u200b"])
+def test_marks_right_to_left_scripts_and_missing_or_invisible_characters_cannot_be_shown(character):
+    face = Face("DejaVuSans", 16)
+    assert face.shows("é") and not face.shows(f"e{character}")
+
+
+def test_words_are_composed_and_have_no_invisible_characters():
+    decomposed = unicodedata.normalize("NFD", "Ångström")
+    assert split_words(f"{decomposed}\u00a0soft\u00adhyphen \ufeffok\n") == ["Ångström", "softhyphen", "ok"]
+
+
+def test_a_damaged_font_is_refused(tmp_path):
+    whole = font_path("DejaVuSans").read_bytes()
+    for size in (0, 10, 300, 20_000):
+        (tmp_path / "cut.ttf").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"cut\.ttf is no font that can be used"):
+            Face(str(tmp_path / "cut.ttf"), 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fonts": []}, "`fonts` must name at least one"),
+        ({"fonts": ["nowhere.ttf"]}, "nowhere.ttf is no font that can be used"),
+        ({"fonts": [__file__]}, "test_data_text.py is no font that can be used"),
+        ({"fonts": ["NoSuchFace"]}, "NoSuchFace is no font that can be used"),
+        ({"image_size": [1, 2, 3]}, "a size is one or two positive numbers"),
+        ({"image_size": 60}, r"no room for a line of 38 pixels \(DejaVuSans\) inside a margin of 20"),
+        ({"image_size": [512, 40]}, "no room for a line"),
+        ({"font_size": 0}, "`font_size` must be positive, got 0"),
+        ({"max_words": 0}, "`max_words` must be positive, got 0"),
+        ({"min_words": 0}, "`min_words` must be positive, got 0"),
+        ({"min_words": 9, "max_words": 8}, "`min_words` must not exceed `max_words`, got 9 and 8"),
+        ({"margin": -1}, "`margin` must not be negative, got -1"),
+        ({"seed": -1}, "`seed` must not be negative, got -1"),
+        ({"line_spacing": 0.9}, "`line_spacing` must be at least 1, got 0.9"),
+    ],
+)
+def test_bad_arguments_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TextPictures(**options)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_texts_come_from_files_of_any_kind_in_their_order(tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    texts = ["one\nline", None, "three", ""]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"n": 1, "prose": text}) + "\n" for text in texts))
+    pq.write_table(pa.table({"prose": texts}), tmp_path / "b.parquet")
+    for name in ("a.jsonl", "b.parquet"):
+        found = load_texts(str(tmp_path / name), column="prose", streaming=streaming)
+        assert list(found) == [(0, "one\nline"), (1, ""), (2, "three"), (3, "")]
+    (tmp_path / "c.txt").write_text("one\nline\n\nthree\n")
+    name = str(tmp_path / "*.txt")
+    assert [text.strip() for _, text in load_texts(name, streaming=streaming)] == ["one\nline", "three"]
+    lines = load_texts(name, streaming=streaming, sample_by="line", num_texts=2)
+    assert list(lines) == [(0, "one"), (1, "line")]
+
+
+def test_sources_without_texts_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"number": 1}\n')
+    for options, message in [
+        ({}, "has no column 'text'; it has \\['number'\\]"),
+        ({"column": "number"}, "holds no texts but int"),
+        ({"num_texts": 0}, "`num_texts` must be positive, got 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_texts(str(path), streaming=True, **options)
+    (tmp_path / "b.txt").touch()
+    with pytest.raises(ValueError, match="has no texts in 'train'"):
+        load_texts(str(tmp_path / "b.txt"), streaming=True)
