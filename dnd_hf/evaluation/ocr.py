@@ -1,10 +1,17 @@
-"""Reading pictures back: the one interface every OCR engine has here, an engine for single lines, the exact measure."""
+"""Reading pictures back: the one interface every OCR engine has here, three engines, the measures of their texts."""
 
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+import torch
+import transformers
+from numpy.typing import ArrayLike
 from PIL import Image
+
+
+OCR_PROMPT = "Read all the text in the image, in reading order. Answer with that text alone."
+"""What an image-text-to-text model is asked by default; the paper does not state the prompt it gives Qwen2-VL."""
 
 
 class OCREngine(Protocol):
@@ -14,13 +21,16 @@ class OCREngine(Protocol):
 
 
 class RapidOCR:
-    """Reads pictures of one line of text with PP-OCRv4, run by `rapidocr-onnxruntime`; its weights come in the package.
+    """Reads pictures with PP-OCRv4, run by `rapidocr-onnxruntime`; its weights come in the package.
 
-    Only the recogniser runs: the whole picture is taken for the line, so nothing is detected or turned. Pictures are
-    read one by one: a text never depends on the pictures around it.
+    By default only the recogniser runs: the whole picture is taken for one line, so nothing is detected or turned.
+    With `detect_lines` the lines of a page are found first and joined by [`join_lines`]; lines that the engine is less
+    than half sure of are left out, as the package does by itself. Pictures are read one by one: a text never depends
+    on the pictures around it.
 
     Args:
-        num_threads: CPU threads of the recogniser, at least 1. A line is too small a job to gain from many.
+        num_threads: CPU threads of each network, at least 1. A line is too small a job to gain from many.
+        detect_lines: read pages instead of single lines.
 
     Call with a sequence of RGB pictures (other modes are converted), at least 30 pixels high and wide, or they are
     enlarged first; returns a list of as many strings, "" where nothing is read.
@@ -30,7 +40,7 @@ class RapidOCR:
         ValueError: `num_threads` below 1.
     """
 
-    def __init__(self, num_threads: int = 1):
+    def __init__(self, num_threads: int = 1, detect_lines: bool = False):
         if num_threads < 1:
             raise ValueError(f"num_threads is {num_threads}; it must be at least 1")
         try:
@@ -38,15 +48,148 @@ class RapidOCR:
         except ImportError as error:
             raise ImportError('reading text needs rapidocr-onnxruntime: pip install "dnd-hf[ocr]"') from error
         self._engine = rapidocr_onnxruntime.RapidOCR(intra_op_num_threads=num_threads, inter_op_num_threads=1)
+        self.detect_lines = detect_lines
 
     def __call__(self, images: Sequence[Image.Image]) -> list[str]:
         texts = []
         for image in images:
             # The engine takes arrays for BGR, as OpenCV reads them.
             pixels = np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
-            lines, _ = self._engine(pixels, use_det=False, use_cls=False)
-            texts.append(lines[0][0])
+            lines, _ = self._engine(pixels, use_det=self.detect_lines, use_cls=False)
+            if self.detect_lines:
+                texts.append(join_lines([line[0] for line in lines], [line[1] for line in lines]) if lines else "")
+            else:
+                texts.append(lines[0][0])
         return texts
+
+
+def join_lines(boxes: ArrayLike, texts: Sequence[str]) -> str:
+    """Pieces of text in reading order: rows from top to bottom, one a line; in a row from left to right, by a space.
+
+    A piece belongs to a row if its middle is above the lower edge of the row's highest piece. Columns of a page are
+    not told apart.
+
+    Args:
+        boxes: (n, 4, 2) corners (x, y) of each piece, in pixels, y downwards, in any order.
+        texts: n strings.
+    """
+    boxes = np.asarray(boxes, dtype=float).reshape(-1, 4, 2)
+    left, top, bottom = boxes[..., 0].min(1), boxes[..., 1].min(1), boxes[..., 1].max(1)
+    middle = (top + bottom) / 2
+    rows: list[list[int]] = []
+    for i in np.argsort(middle, kind="stable"):
+        if rows and middle[i] < bottom[rows[-1][0]]:
+            rows[-1].append(i)
+        else:
+            rows.append([i])
+    return "\n".join(" ".join(texts[i] for i in sorted(row, key=lambda i: left[i])) for row in rows)
+
+
+class Tesseract:
+    """Reads pages with Tesseract, through `pytesseract`.
+
+    Args:
+        language: of the installed language data, such as "eng" or "eng+deu".
+        page_mode: Tesseract's page segmentation mode: 3 a whole page, 6 one block of text, 7 a single line.
+
+    Call it as any [`OCREngine`]; whitespace around a text is removed.
+
+    Raises:
+        ImportError: `pytesseract`, the program `tesseract` or the language is not installed.
+    """
+
+    def __init__(self, language: str = "eng", page_mode: int = 3):
+        try:
+            import pytesseract
+        except ImportError as error:
+            raise ImportError('Tesseract needs pytesseract: pip install "dnd-hf[eval]"') from error
+        try:
+            installed = pytesseract.get_languages()
+        except pytesseract.TesseractNotFoundError as error:
+            raise ImportError("the program tesseract is not installed: apt install tesseract-ocr") from error
+        missing = set(language.split("+")) - set(installed)
+        if missing:
+            raise ImportError(
+                f"Tesseract has no language {', '.join(sorted(missing))}, only {', '.join(installed)}:"
+                " apt install tesseract-ocr-<language>"
+            )
+        self._read, self.language, self.page_mode = pytesseract.image_to_string, language, page_mode
+
+    def __call__(self, images: Sequence[Image.Image]) -> list[str]:
+        options = f"--psm {self.page_mode}"
+        return [self._read(image.convert("RGB"), lang=self.language, config=options).strip() for image in images]
+
+
+class ImageTextToTextOCR:
+    """Asks any image-text-to-text model of transformers for the text, greedily; the paper's is Qwen2-VL.
+
+    Args:
+        model: folder or Hub id.
+        prompt: what the model is asked beside the picture.
+        device: where it runs.
+        max_new_tokens: length at which an answer is cut off.
+
+    Call it as any [`OCREngine`]. Pictures are read one by one: a text never depends on the pictures around it.
+
+    Raises:
+        ValueError: transformers can not load such a model under this name.
+    """
+
+    def __init__(
+        self, model: str, prompt: str = OCR_PROMPT, device: str | torch.device = "cpu", max_new_tokens: int = 1024
+    ):
+        try:
+            self._pipeline = transformers.pipeline("image-text-to-text", model=model, device=device)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{model!r} is no OCR engine of this package ({', '.join(OCR_ENGINES)}) and no image-text-to-text"
+                f" model that transformers can load: {error}"
+            ) from error
+        self.prompt, self.max_new_tokens = prompt, max_new_tokens
+
+    def __call__(self, images: Sequence[Image.Image]) -> list[str]:
+        texts = []
+        for image in images:
+            content = [{"type": "image", "image": image.convert("RGB")}, {"type": "text", "text": self.prompt}]
+            answer = self._pipeline(
+                text=[{"role": "user", "content": content}],
+                return_full_text=False,
+                generate_kwargs={"do_sample": False, "max_new_tokens": self.max_new_tokens},
+            )
+            texts.append(answer[0]["generated_text"].strip())
+        return texts
+
+
+OCR_ENGINES = ("rapidocr", "rapidocr-line", "tesseract")
+"""Names that [`load_ocr_engine`] knows; every other is a model of transformers."""
+
+
+def load_ocr_engine(
+    name: str,
+    prompt: str = OCR_PROMPT,
+    language: str = "eng",
+    device: str | torch.device = "cpu",
+    num_threads: int = 1,
+) -> OCREngine:
+    """`rapidocr` (pages), `rapidocr-line` (single lines), `tesseract`, or the image-text-to-text model `name`.
+
+    `prompt` and `device` are for such a model, `language` for Tesseract, `num_threads` for rapidocr. Raises what the
+    engines raise.
+    """
+    if name in ("rapidocr", "rapidocr-line"):
+        return RapidOCR(num_threads, detect_lines=name == "rapidocr")
+    if name == "tesseract":
+        return Tesseract(language)
+    return ImageTextToTextOCR(name, prompt, device)
+
+
+def try_to_read(engine: OCREngine, image: Image.Image) -> tuple[str | None, str | None]:
+    """The text with all whitespace, line breaks too, as single spaces, and None; or None and why it can not be read."""
+    try:
+        (text,) = engine([image])
+    except Exception as error:  # engines raise whatever a picture leads them to; a long evaluation goes on
+        return None, f"{type(error).__name__}: {error}"
+    return " ".join(text.split()), None
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
@@ -68,3 +211,45 @@ def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
         )
     equal = sum(a.strip() == b.strip() for a, b in zip(predictions, references, strict=True))
     return equal / len(references)
+
+
+def compare_texts(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """How well texts agree with what they should be.
+
+    Args:
+        predictions, references: texts in the same order, as many of one as of the other, at least one; no reference
+            may be empty.
+
+    Returns:
+        `rouge_l`: mean over texts of the F-measure of Rouge-L (`rouge-score`, no stemming), in [0, 1]: the paper's
+        rOCR. It sees runs of Latin letters and digits alone, without case. `cer`, `wer`: character and word errors
+        (`jiwer`) of all texts together, over the length of the references, case and all; above 1 where too much is
+        read. `exact_match`: see [`exact_match`].
+
+    Raises:
+        ImportError: `rouge-score` or `jiwer` is not installed.
+        ValueError: the lengths differ or are 0, or a reference is empty.
+    """
+    exact = exact_match(predictions, references)
+    if not all(reference.strip() for reference in references):
+        raise ValueError("a reference is empty; errors in proportion to its length are not defined")
+    jiwer, rouge_scorer = import_text_measures()
+    scorer = rouge_scorer.RougeScorer(["rougeL"])
+    rouge = [scorer.score(b, a)["rougeL"].fmeasure for a, b in zip(predictions, references, strict=True)]
+    predictions, references = list(predictions), list(references)
+    return {
+        "rouge_l": float(np.mean(rouge)),
+        "cer": jiwer.cer(references, predictions),
+        "wer": jiwer.wer(references, predictions),
+        "exact_match": exact,
+    }
+
+
+def import_text_measures() -> tuple:
+    """The modules `jiwer` and `rouge_score.rouge_scorer`; ImportError, saying what to install, without them."""
+    try:
+        import jiwer
+        from rouge_score import rouge_scorer
+    except ImportError as error:
+        raise ImportError('comparing texts needs rouge-score and jiwer: pip install "dnd-hf[eval]"') from error
+    return jiwer, rouge_scorer
