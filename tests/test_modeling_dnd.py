@@ -221,7 +221,8 @@ def test_the_loss_without_logits_is_the_same_in_small_pieces(mode, tied, make_mo
     (plain, at_once, gradients), (pieced, at_a_time, others) = results
     assert pieced.logits is None
     torch.testing.assert_close(pieced.depth_losses, plain.depth_losses, rtol=1e-6, atol=0)
-    torch.testing.assert_close(others, gradients, rtol=1e-5, atol=1e-7)
+    for gradient, other in zip(gradients, others, strict=True):
+        assert (other - gradient).abs().max() <= 1e-5 * gradient.abs().max()
     weights = max(parameter.numel() for parameter in model.parameters())
     assert at_once >= 5 * 6 * 300 and at_a_time <= max(7 * 300, weights) < at_once
 
