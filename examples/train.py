@@ -123,10 +123,11 @@ def main(args: DnDArguments) -> None:
     run = TrainingRun(args)
     accelerator = run.accelerator
     set_seed(args.seed)
+    dataset = CodesDataset(args.codes_dir) if args.codes_dir else None
     vae = RQVAE.from_pretrained(args.vqvae or args.codes_dir, subfolder=None if args.vqvae else "vqvae")
     vae.to(accelerator.device).eval().requires_grad_(False)
-    if args.codes_dir:
-        dataset, collate = CodesDataset(args.codes_dir), collate_codes
+    if dataset is not None:
+        collate = collate_codes
         grid_size, crops = dataset.shape[:2], dataset.crops_per_image
         train_set, validation_set = hold_out(dataset, args.num_validation_images, args.seed, group_size=crops)
     else:
