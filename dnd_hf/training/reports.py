@@ -60,7 +60,8 @@ def plot_training_curves(metrics_path: str | Path, output_path: str | Path) -> N
     columns = min(4, len(curves))
     rows = -(-len(curves) // columns)
     figure = Figure(figsize=(4 * columns, 2.5 * rows), layout="constrained")
-    for axes, (name, points) in zip(figure.subplots(rows, columns, squeeze=False).flat, sorted(curves.items())):
+    for place, (name, points) in enumerate(sorted(curves.items()), start=1):
+        axes = figure.add_subplot(rows, columns, place)
         axes.plot(*zip(*points))
         axes.set_title(name, fontsize=9)
         axes.grid(alpha=0.3)
