@@ -20,6 +20,7 @@ from transformers.hf_argparser import HfArg
 
 from dnd_hf import RQVAE
 from dnd_hf.data.images import as_size, check_stride, collate_images, to_images
+from dnd_hf.evaluation.reconstruction import code_perplexity
 from dnd_hf.training.arguments import TrainingArguments, parse_arguments
 from dnd_hf.training.discriminator import PatchDiscriminator
 from dnd_hf.training.losses import PerceptualLoss, adaptive_weight, hinge_discriminator_loss, hinge_generator_loss
@@ -106,11 +107,6 @@ class RQVAEArguments(TrainingArguments):
         )
 
 
-def perplexity(counts: Tensor) -> Tensor:
-    """Exponential of the entropy of codes that occur `counts` `(..., codes)` times: how many are in use, so to say."""
-    return torch.special.entr(counts / counts.sum(-1, keepdim=True)).sum(-1).exp()
-
-
 def validate(accelerator: Accelerator, vae: RQVAE, dataset: Dataset, batch_size: int) -> dict[str, float]:
     """Reconstruction error with the first k codes, and use of the codebook, for each depth k, on the whole data set.
 
@@ -130,7 +126,7 @@ def validate(accelerator: Accelerator, vae: RQVAE, dataset: Dataset, batch_size:
             errors[k] += F.mse_loss(sample, images) * len(images) / len(dataset)
             counts[k] += codes[..., k].flatten().bincount(minlength=vocab_size)
     errors, counts = accelerator.reduce(errors), accelerator.reduce(counts)
-    perplexities, usage = perplexity(counts), (counts > 0).float().mean(1)
+    perplexities, usage = code_perplexity(counts), (counts > 0).float().mean(1)
     metrics = {"psnr": (10 * torch.log10(4 / errors[-1])).item()}
     for k in range(depth):
         metrics[f"l2_depth_{k + 1}"] = errors[k].item()
@@ -197,7 +193,7 @@ def main(args: RQVAEArguments) -> None:
             metrics = {"l2": reconstruction_loss, "commitment": output.commitment_loss}
             for k, codes in enumerate([] if output.codes is None else output.codes.unbind(-1), start=1):
                 counts = codes.flatten().bincount(minlength=vae.config.num_vq_embeddings)
-                metrics[f"perplexity_depth_{k}"] = perplexity(counts)
+                metrics[f"perplexity_depth_{k}"] = code_perplexity(counts)
             if perceptual_loss:
                 metrics["lpips"] = perceptual_loss(output.sample, images)
                 reconstruction_loss = reconstruction_loss + args.lpips_weight * metrics["lpips"]

@@ -9,7 +9,6 @@ an extraction can be killed and go on; `dataset_info.json` comes last and says t
 """
 
 import json
-import reprlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from datasets.fingerprint import generate_random_fingerprint
 from torch import Tensor
 
 from .images import BrokenImageError, ImageDataset, ImageStream, collate_images
+from .resuming import changed_settings
 
 
 MAX_VOCAB_SIZE = 2**16
@@ -107,14 +107,8 @@ class CodesWriter:
         self.path, self.features = Path(path), features
         file, settings = self.path / "extraction.json", json.loads(json.dumps(settings))
         if file.exists():
-            earlier = json.loads(file.read_text())
-            differences = [
-                f"{name} was {reprlib.repr(earlier.get(name))} and is {reprlib.repr(settings.get(name))}"
-                for name in settings | earlier
-                if earlier.get(name) != settings.get(name)
-            ]
-            if differences:
-                raise ValueError(f"{path} holds codes of another extraction: {'; '.join(differences)}.")
+            if changes := changed_settings(file, settings):
+                raise ValueError(f"{path} holds codes of another extraction: {changes}.")
         elif self.is_complete:
             raise ValueError(f"{path} holds a data set already.")
         else:

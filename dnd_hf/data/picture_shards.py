@@ -11,7 +11,6 @@ import json
 import logging
 import multiprocessing
 import os
-import reprlib
 import shutil
 import threading
 import time
@@ -30,6 +29,8 @@ import pyarrow.parquet as pq
 from datasets import Features
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
+
+from .resuming import changed_settings
 
 
 logger = logging.getLogger(__name__)
@@ -106,14 +107,8 @@ class PictureShards:
         self.settings = json.loads(json.dumps(settings))
         self.settings_file = self.path / ".settings.json"
         if self.settings_file.exists():
-            earlier = json.loads(self.settings_file.read_text())
-            differences = [
-                f"{name} was {reprlib.repr(earlier.get(name))} and is {reprlib.repr(self.settings.get(name))}"
-                for name in self.settings | earlier
-                if earlier.get(name) != self.settings.get(name)
-            ]
-            if differences:
-                raise ValueError(f"{path} holds pictures of other settings: {'; '.join(differences)}.")
+            if changes := changed_settings(self.settings_file, self.settings):
+                raise ValueError(f"{path} holds pictures of other settings: {changes}.")
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise ValueError(f"{path} is not an empty folder.")
 

@@ -35,6 +35,11 @@ def check_depths(vae: RQVAE, depths: Sequence[int] | None) -> list[int]:
     return chosen
 
 
+def code_perplexity(counts: Tensor) -> Tensor:
+    """Exponential of the entropy (nats) of codes that occur `counts` `(..., codes)` times: `(...)`, in [1, codes]."""
+    return torch.special.entr(counts / counts.sum(-1, keepdim=True)).sum(-1).exp()
+
+
 def code_statistics(counts: Tensor, norms: Tensor) -> dict:
     """How the codes of one depth are used, and how long their vectors are (arXiv 2410.01912, Figure 4).
 
@@ -55,7 +60,7 @@ def code_statistics(counts: Tensor, norms: Tensor) -> dict:
     places = torch.searchsorted(cumulative, torch.tensor(QUANTILES).double() * cumulative[-1])
     return {
         "usage": (counts > 0).double().mean().item(),
-        "perplexity": torch.special.entr(shares).sum().exp().item(),
+        "perplexity": code_perplexity(counts).item(),
         "norm_mean": mean.item(),
         "norm_std": (shares * (norms - mean).square()).sum().sqrt().item(),
         "norm_quantiles": norms[order][places].tolist(),
