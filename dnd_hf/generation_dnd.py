@@ -44,16 +44,15 @@ class KeyValueCache:
     """
 
     def __init__(self, storage: Tensor):
-        self.storage = storage
+        self.layers = [layer.unbind() for layer in storage]
         self.position = 0
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Writes `(batch, heads, 1, head_dim)` keys and values at `position`; returns all up to there."""
-        layer = self.storage[layer_idx]
-        layer[0, :, :, self.position] = keys[:, :, 0]
-        layer[1, :, :, self.position] = values[:, :, 0]
-        filled = layer[:, :, :, : self.position + 1]
-        return filled[0], filled[1]
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Writes a `(batch, heads, 1, head_dim)` key and value at `position`; returns all up to there."""
+        keys, values = self.layers[layer_idx]
+        keys.narrow(2, self.position, 1).copy_(key)
+        values.narrow(2, self.position, 1).copy_(value)
+        return keys.narrow(2, 0, self.position + 1), values.narrow(2, 0, self.position + 1)
 
 
 class DnDGenerationMixin(GenerationMixin):
@@ -145,6 +144,8 @@ class DnDGenerationMixin(GenerationMixin):
         token_BC = self.embed_classes(class_labels)
         cache = self._allocate_cache(len(class_labels), device, token_BC.dtype)
         cos, sin = self.rotary_embeddings(device, token_BC.dtype)
+        half = config.head_dim // 2
+        sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)  # then turning takes no negation
 
         def choose(k: int, hidden_BLC: Tensor) -> Tensor:
             logits_BV = self.head(k)(hidden_BLC[:, -1]).float()

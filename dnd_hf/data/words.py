@@ -46,42 +46,50 @@ INKS = ("#16264d", "#7a1622", "#0f5132", "#3b1f5b")
 PAPERS = ("#fdf6e3", "#cfe8fc", "#fbd3d8", "#d9f2c4")
 """Colours of the background, all light: cream, sky, rose, lime."""
 
-CAP_HEIGHTS = (0.56, 0.70)
-"""Heights of the capitals, as shares of the picture's height: 18 and 22 px of 32, as far as the word fits."""
+CELLS = 4
+"""Cells that a picture is high, of 8 pixels at 32 as the tokenizer's; words stand at multiples of them."""
 
-TILTS = (-2.0, 0.0, 2.0)
-"""Rotations of a word, in degrees."""
+PITCH = 2
+"""Cells from one letter to the next."""
 
-STEPS = (4, 8)
-"""Words are placed at multiples of so many pixels, down and across, from the margin."""
+CAP_HEIGHTS = (2.0, 2.25)
+"""Heights of the capitals in cells: 16 and 18 pixels at 32."""
 
-MARGIN = 2
-"""Pixels along each edge of a picture that the text never touches."""
+BASELINES = (2.375, 3.375)
+"""Where the letters stand, in cells from the top: 19 and 27 pixels at 32."""
 
-_DRAWN_CAP_HEIGHT = 36  # words are drawn larger than they are shown, so that tilting them leaves no jagged edges
+TILTS = (-1.0, 0.0, 1.0)
+"""Rotations of a word about its middle, in degrees."""
+
+_GAP = 0.3  # cells between two letters that fill theirs
+_OVERSAMPLING = 4  # words are drawn larger than they are shown, so that tilting them leaves no jagged edges
 _MIN_HEIGHT, _MIN_WIDTH = 16, 64
 
 
 @cache
-def _font(face: str) -> ImageFont.FreeTypeFont:
-    """`face` at the size that makes its letter "H" about `_DRAWN_CAP_HEIGHT` pixels high, the same for every face."""
+def _font(face: str, cap_height: int) -> ImageFont.FreeTypeFont:
+    """`face` at the size that makes its letter "H" about `cap_height` pixels high."""
     try:
         import matplotlib
     except ImportError as error:
         raise ImportError('rendering words needs the fonts of matplotlib: pip install "dnd-hf[text]"') from error
     path = str(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{face}.ttf"))
     _, top, _, bottom = ImageFont.truetype(path, 100).getbbox("H")
-    return ImageFont.truetype(path, round(100 * _DRAWN_CAP_HEIGHT / (bottom - top)))
+    return ImageFont.truetype(path, 100 * cap_height / (bottom - top))
 
 
-@lru_cache(maxsize=len(FONT_FACES) * len(WORDS))
-def _drawn(word: str, face: str) -> Image.Image:
-    """`word` in `face`, upright, large, as a mask (mode "L", 255 is ink) cut to its ink."""
-    font = _font(face)
-    left, top, right, bottom = font.getbbox(word)
-    mask = Image.new("L", (right - left, bottom - top))
-    ImageDraw.Draw(mask).text((-left, -top), word, fill=255, font=font)
-    return mask
+@lru_cache(maxsize=4096)
+def _letter(letter: str, face: str, cap_height: int, cell: int) -> tuple[Image.Image, int]:
+    """Mask of a letter (mode "L", 255 is ink) in the middle of `PITCH` cells, and the row in it of the baseline."""
+    font = _font(face, cap_height)
+    left, top, right, bottom = font.getbbox(letter, anchor="ls")
+    mask = Image.new("L", (max(1, right - left), max(1, bottom - top)))
+    ImageDraw.Draw(mask).text((-left, -top), letter, fill=255, font=font, anchor="ls")
+    width = min(mask.width, round((PITCH - _GAP) * cell))
+    mask = mask.resize((width, mask.height), Image.Resampling.BICUBIC)
+    centred = Image.new("L", (PITCH * cell, mask.height))
+    centred.paste(mask, ((centred.width - mask.width) // 2, 0))
+    return centred, -top
 
 
 def _check_size(height: int, width: int) -> None:
@@ -94,17 +102,18 @@ def _check_size(height: int, width: int) -> None:
 def render_word(word: str, rng: np.random.Generator, height: int = 32, width: int = 128) -> Image.Image:
     """Draws one word in a random face, size, place, tilt and pair of colours, on a uniform background.
 
-    Face, size, tilt, ink and paper are drawn from `FONT_FACES`, `CAP_HEIGHTS`, `TILTS`, `INKS` and `PAPERS`, the place
-    from the multiples of `STEPS` in the room that is left inside `MARGIN`, all uniformly and independently. Few values
-    of each make many pictures together, and a small model learns them sooner than a continuum.
+    Face, size, line, tilt, ink and paper are drawn from `FONT_FACES`, `CAP_HEIGHTS`, `BASELINES`, `TILTS`, `INKS` and
+    `PAPERS`, the column from those of whole cells that leave room for the word, all uniformly and independently.
+    Letters stand `PITCH` cells apart, as on a typewriter, and wide ones are narrowed: then a letter has the same codes
+    wherever it stands, and a small model learns it soon.
 
     Args:
-        word: at least one visible character.
+        word: at least one visible character. Made for capitals: on the lower line the end of a tail may be cut off.
         rng: the only source of randomness.
-        height, width: size of the picture in pixels, at least 16 and 64.
+        height, width: size of the picture in pixels, at least 16 and 64. A word that does not fit is drawn smaller.
 
     Returns:
-        RGB picture of `width` x `height` pixels, the whole word inside it.
+        RGB picture of `width` x `height` pixels.
 
     Raises:
         ValueError: `word` is blank, or `height` or `width` too small.
@@ -113,22 +122,24 @@ def render_word(word: str, rng: np.random.Generator, height: int = 32, width: in
     if not word.strip():
         raise ValueError(f"word is {word!r}; it must have at least one visible character")
     _check_size(height, width)
-    mask = _drawn(word, FONT_FACES[rng.integers(len(FONT_FACES))])
-    mask = mask.rotate(TILTS[rng.integers(len(TILTS))], Image.Resampling.BICUBIC, expand=True)
-    mask = mask.crop(mask.getbbox())
-
-    room_x, room_y = width - 2 * MARGIN, height - 2 * MARGIN
-    fit = min(room_x / mask.width, room_y / mask.height)
-    scale = min(fit, CAP_HEIGHTS[rng.integers(len(CAP_HEIGHTS))] * height / _DRAWN_CAP_HEIGHT)
-    mask = mask.resize((max(1, int(mask.width * scale)), max(1, int(mask.height * scale))), Image.Resampling.BICUBIC)
-
-    ink, paper = INKS[rng.integers(len(INKS))], PAPERS[rng.integers(len(PAPERS))]
-    place = (
-        MARGIN + STEPS[1] * int(rng.integers((room_x - mask.width) // STEPS[1] + 1)),
-        MARGIN + STEPS[0] * int(rng.integers((room_y - mask.height) // STEPS[0] + 1)),
+    face, cap_height, baseline, tilt, ink, paper = (
+        values[rng.integers(len(values))] for values in (FONT_FACES, CAP_HEIGHTS, BASELINES, TILTS, INKS, PAPERS)
     )
+    cell = max(1, min(height // CELLS, width // (PITCH * len(word))))
+    large = cell * _OVERSAMPLING
+    letters = [_letter(letter, face, round(cap_height * large), large) for letter in word]
+    length = sum(letter.width for letter, _ in letters)
+    x = large * int(rng.integers((width * _OVERSAMPLING - length) // large + 1))
+    y = round(baseline * large)
+
+    mask = Image.new("L", (width * _OVERSAMPLING, height * _OVERSAMPLING))
+    middle = (x + length / 2, y - cap_height * large / 2)
+    for letter, above in letters:
+        mask.paste(letter, (x, y - above))
+        x += letter.width
+    mask = mask.rotate(tilt, Image.Resampling.BICUBIC, center=middle).reduce(_OVERSAMPLING)
     picture = Image.new("RGB", (width, height), paper)
-    picture.paste(ink, place, mask)
+    picture.paste(ink, mask=mask)
     return picture
 
 

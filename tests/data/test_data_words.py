@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageColor
 
 from dnd_hf.data import words
-from dnd_hf.data.words import FONT_FACES, INKS, MARGIN, PAPERS, STEPS, WORDS, WordImages, render_word
+from dnd_hf.data.words import BASELINES, FONT_FACES, INKS, PAPERS, WORDS, WordImages, render_word
 
 
 LUMINANCE = (0.2126, 0.7152, 0.0722)
@@ -55,8 +55,8 @@ def test_labels_go_round_so_that_classes_are_balanced():
 
 def test_at_least_12_faces_are_listed_and_every_one_is_used(monkeypatch):
     used = []
-    drawn = words._drawn
-    monkeypatch.setattr(words, "_drawn", lambda word, face: used.append(face) or drawn(word, face))
+    letter = words._letter
+    monkeypatch.setattr(words, "_letter", lambda one, face, *sizes: used.append(face) or letter(one, face, *sizes))
     for i in range(400):
         render_word("ZEBRA", np.random.default_rng(i))
     assert len(FONT_FACES) >= 12
@@ -64,40 +64,57 @@ def test_at_least_12_faces_are_listed_and_every_one_is_used(monkeypatch):
 
 
 def test_every_face_draws_the_same_word_differently():
-    assert len({words._drawn("GHOST", face).tobytes() for face in FONT_FACES}) == len(FONT_FACES)
+    drawn = {tuple(words._letter(one, face, 64, 32)[0].tobytes() for one in "GHOST") for face in FONT_FACES}
+    assert len(drawn) == len(FONT_FACES)
+
+
+def inked(picture):
+    """Where a picture is not of its background's colour, which is that of a corner."""
+    pixels = np.asarray(picture).astype(int)
+    return np.abs(pixels - pixels[-1, 0]).sum(axis=-1)
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 128), (16, 64), (64, 64), (40, 300)])
-def test_text_lies_wholly_inside_the_margin(height, width):
+def test_text_fits_into_the_width(height, width):
     longest = sorted(WORDS, key=len)[-10:]
     for i in range(200):
-        picture = render_word(longest[i % 10], np.random.default_rng(i), height, width)
-        pixels = np.asarray(picture)
-        outside = np.ones((height, width), bool)
-        outside[MARGIN:-MARGIN, MARGIN:-MARGIN] = False
-        assert (pixels[outside] == pixels[0, 0]).all()
-        assert (pixels != pixels[0, 0]).any()
+        ink = inked(render_word(longest[i % 10], np.random.default_rng(i), height, width))
+        assert ink.shape == (height, width)
+        assert ink.any()
+        assert ink[:, [0, -1]].max() < ink.max() / 2  # at 16 pixels the gap between letters is less than one
 
 
-def test_text_reaches_every_row_and_column_inside_the_margin():
-    ink = np.zeros((32, 128), bool)
-    for i in range(2000):
-        pixels = np.asarray(render_word("HOUSE", np.random.default_rng(i)))
-        ink |= (pixels != pixels[0, 0]).any(axis=-1)
-    assert ink.any(axis=1)[MARGIN:-MARGIN].all()
-    assert ink.any(axis=0)[MARGIN:-MARGIN].all()
+def test_the_lower_edge_cuts_off_no_more_than_the_end_of_a_tail(monkeypatch):
+    """The same word, whole on the upper line and at the bottom of the picture on the lower."""
+    for word in WORDS:
+        for seed in range(8):
+            amounts = []
+            for baseline in BASELINES:
+                monkeypatch.setattr(words, "BASELINES", (baseline,))
+                amounts.append(inked(render_word(word, np.random.default_rng(seed))).sum())
+            assert amounts[1] > amounts[0] * (0.9 if set(word) & set("JQ") else 0.999)
 
 
-def test_words_lie_at_the_promised_steps_in_many_places():
-    corners = []
+def test_text_reaches_every_row_and_nearly_every_column():
+    ink = sum(inked(render_word("HOUSE", np.random.default_rng(i))) for i in range(2000))
+    assert ink.any(axis=1)[1:28].all()
+    assert ink.any(axis=0)[2:-2].all()
+
+
+def test_a_word_is_the_same_wherever_it_stands_and_stands_in_many_places(monkeypatch):
+    """Moved by whole cells of 8 pixels, untilted words of one look agree to the pixel."""
+    for name in ("FONT_FACES", "CAP_HEIGHTS", "TILTS", "INKS", "PAPERS"):
+        monkeypatch.setattr(words, name, getattr(words, name)[:1])
+    monkeypatch.setattr(words, "TILTS", (0.0,))
+    places, cut_out = set(), set()
     for i in range(300):
-        pixels = np.asarray(render_word("SNOW", np.random.default_rng(i))).astype(int)
-        inked = np.abs(pixels - pixels[0, 0]).sum(axis=-1) > 0
-        corners.append((inked.any(axis=1).argmax() - MARGIN, inked.any(axis=0).argmax() - MARGIN))
-    for axis, step in enumerate(STEPS):
-        starts = [corner[axis] for corner in corners]
-        assert all(start % step <= 1 for start in starts)  # the faintest edge of a letter leaves no trace
-        assert len({start // step for start in starts}) >= (2, 6)[axis]
+        ink = inked(render_word("SNOW", np.random.default_rng(i)))
+        top, left = ink.any(axis=1).argmax() // 8 * 8, ink.any(axis=0).argmax() // 8 * 8
+        places.add((top, left))
+        cut_out.add(np.roll(ink, (-top, -left), (0, 1)).tobytes())
+    assert len(cut_out) == 1
+    assert {top for top, _ in places} == {0, 8}
+    assert len(places) >= 10
 
 
 def test_every_ink_is_seen_on_every_paper():
@@ -152,6 +169,6 @@ def test_a_blank_word_is_refused():
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     words._font.cache_clear()
-    words._drawn.cache_clear()
+    words._letter.cache_clear()
     with pytest.raises(ImportError, match=r'pip install "dnd-hf\[text\]"'):
         render_word("ZEBRA", np.random.default_rng(0))
