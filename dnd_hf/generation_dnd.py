@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -13,6 +14,8 @@ from transformers.generation import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from .decoding_dnd import Decoder, PackedDecoder
 
 
 GUIDANCE_SCHEDULES = ("constant", "linear", "power-cosine")
@@ -34,25 +37,6 @@ def guidance_scales(scale: float, schedule: str, power: float, length: int) -> l
     if schedule == "power-cosine":
         return [1 + (scale - 1) / 2 * (1 - math.cos(math.pi * part**power)) for part in progress]
     return [scale] * length
-
-
-class KeyValueCache:
-    """Keys and values of all layers, `(layers, 2, batch, heads, positions, head_dim)`, allocated once.
-
-    Attention layers call `update` as on any cache of transformers, one token at a time, and get views of the part that
-    is filled, so nothing is copied and no mask is needed.
-    """
-
-    def __init__(self, storage: Tensor):
-        self.layers = [layer.unbind() for layer in storage]
-        self.position = 0
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Writes a `(batch, heads, 1, head_dim)` key and value at `position`; returns all up to there."""
-        keys, values = self.layers[layer_idx]
-        keys.narrow(2, self.position, 1).copy_(key)
-        values.narrow(2, self.position, 1).copy_(value)
-        return keys.narrow(2, 0, self.position + 1), values.narrow(2, 0, self.position + 1)
 
 
 class DnDGenerationMixin(GenerationMixin):
@@ -142,32 +126,29 @@ class DnDGenerationMixin(GenerationMixin):
         if guided:
             class_labels = torch.cat([class_labels, torch.full_like(class_labels, config.num_classes)])
         token_BC = self.embed_classes(class_labels)
-        cache = self._allocate_cache(len(class_labels), device, token_BC.dtype)
-        cos, sin = self.rotary_embeddings(device, token_BC.dtype)
-        half = config.head_dim // 2
-        sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)  # then turning takes no negation
+        if PackedDecoder.can_run(self):
+            decoder = PackedDecoder(self, len(class_labels))
+        else:
+            decoder = Decoder(self, self._allocate_cache(len(class_labels), device, token_BC.dtype))
 
-        def choose(k: int, hidden_BLC: Tensor) -> Tensor:
-            logits_BV = self.head(k)(hidden_BLC[:, -1]).float()
+        def choose(position: int, k: int, hidden_BLC: Tensor) -> Tensor:
+            logits_BV = decoder.head(k)(hidden_BLC[:, -1]).float()
             if guided:
                 conditional, null = logits_BV.chunk(2)
-                logits_BV = null + (conditional - null) * scales[cache.position]
+                logits_BV = null + (conditional - null) * scales[position]
             if do_sample:
-                codes_B = draw(filters[k](None, logits_BV), noise_BLD[:, cache.position, k])
+                codes_B = draw(filters[k](None, logits_BV), noise_BLD[:, position, k])
             else:
                 codes_B = logits_BV.argmax(-1)
-            codes_BLD[:, cache.position, k] = codes_B
+            codes_BLD[:, position, k] = codes_B
             return (codes_B.repeat(2) if guided else codes_B)[:, None]
 
         was_training = self.training
         self.eval()
         try:
             for position in range(length):
-                cache.position = position
-                rotary = cos[:, position, None], sin[:, position, None]
-                self.run_layers(
-                    token_BC[:, None], choose, position_embeddings=rotary, attention_mask=None, past_key_values=cache
-                )
+                chosen = partial(choose, position)
+                self.run_layers(token_BC[:, None], chosen, decoder.layers, **decoder.at(position))
                 token_BC = self.embed_tokens(codes_BLD[:, position]).sum(1)
                 token_BC = token_BC.repeat(2, 1) if guided else token_BC
                 if callback is not None:
@@ -188,7 +169,7 @@ class DnDGenerationMixin(GenerationMixin):
         # Sequentially offloaded weights are on "meta" until a layer runs; the pipeline's labels are where it will run.
         return labels if self.device.type == "meta" else labels.to(self.device)
 
-    def _allocate_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> KeyValueCache:
+    def _allocate_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         config = self.config
         shape = (
             config.prediction_layers[-1] + 1,
@@ -202,7 +183,7 @@ class DnDGenerationMixin(GenerationMixin):
         fits = storage is not None and storage.dtype == dtype and storage.device == device
         if not fits or storage.shape[2] < batch:
             storage = self._cache_storage = torch.empty(shape, dtype=dtype, device=device)
-        return KeyValueCache(storage[:, :, :batch])
+        return storage[:, :, :batch]
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:

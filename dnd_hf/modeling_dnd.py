@@ -3,7 +3,7 @@
 Shape suffixes: B batch, L sequence (grid positions in raster order), D depth, C hidden size, V codebook size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, initialization
 from transformers.masking_utils import create_causal_mask
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.utils import ModelOutput, is_liger_kernel_available
 
 from .configuration_dnd import DnDConfig
@@ -53,40 +53,11 @@ class DropPath(nn.Module):
         return branch_BLC * kept / (1 - self.rate)
 
 
-class DnDAttention(LlamaAttention):
-    """LLaMA's attention; where there is a cache, that of one new token a sequence, in few operations.
-
-    Generation on a CPU is bound by the weights it reads and by the number of operations. There, two matrix products
-    are several times faster for one query than PyTorch's fused kernel, which is made for many.
-    """
-
-    def forward(
-        self, hidden_states: Tensor, position_embeddings, attention_mask=None, past_key_values=None, **kwargs
-    ) -> tuple[Tensor, Tensor | None]:
-        if past_key_values is None:
-            return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
-        batch, heads, size = len(hidden_states), self.config.num_attention_heads, self.head_dim
-        cos, sin = position_embeddings
-        turned = torch.cat([self.q_proj(hidden_states), self.k_proj(hidden_states)], dim=-1).view(batch, -1, 1, size)
-        turned = torch.addcmul(turned * cos, turned.roll(size // 2, -1), sin)
-        query, key = turned[:, :heads], turned[:, heads:]
-        value = self.v_proj(hidden_states).view(batch, -1, 1, size)
-        keys, values = past_key_values.update(key, value, self.layer_idx)
-        if query.is_cuda:
-            grouped = keys.shape[1] != heads
-            attended = F.scaled_dot_product_attention(query, keys, values, enable_gqa=grouped)
-        else:  # heads that share keys are the rows of one product
-            query = query.view(batch, keys.shape[1], -1, size) * self.scaling
-            attended = (query @ keys.transpose(-1, -2)).softmax(-1) @ values
-        return self.o_proj(attended.reshape(batch, 1, -1)), None
-
-
 class DnDDecoderLayer(LlamaDecoderLayer):
     """A LLaMA block with dropout and stochastic depth on both residual branches."""
 
     def __init__(self, config: DnDConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.self_attn = DnDAttention(config, layer_idx)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.residual_dropout = nn.Dropout(config.residual_dropout)
@@ -201,7 +172,7 @@ class DnDForImageGeneration(DnDGenerationMixin, PreTrainedModel):
                 sums.append(summed_cross_entropy(hidden_BLC.flatten(0, 1), self.head(k).weight, targets[k]))
             return codes_BLD[..., k]
 
-        self.run_layers(hidden_BLC, teach, position_embeddings=rotary, attention_mask=mask)
+        self.run_layers(hidden_BLC, teach, self.layers, position_embeddings=rotary, attention_mask=mask)
 
         loss = depth_losses = None
         if targets:
@@ -215,15 +186,21 @@ class DnDForImageGeneration(DnDGenerationMixin, PreTrainedModel):
         """The linear part of the head of depth k."""
         return self.heads[0 if self.config.tie_prediction_heads else k]
 
-    def run_layers(self, hidden_BLC: Tensor, choose: Callable[[int, Tensor], Tensor], **attention_kwargs) -> None:
+    def run_layers(
+        self,
+        hidden_BLC: Tensor,
+        choose: Callable[[int, Tensor], Tensor],
+        layers: Sequence[Callable[..., Tensor]],
+        **layer_kwargs,
+    ) -> None:
         """The DnD forward pass, the same in training and generation (Section 3.2).
 
         `choose(k, hidden_BLC)` receives what head k reads, normalised, and returns the codes `(B, L)` of that depth:
         the true ones in training, sampled ones in generation. Layers above the last head are not run.
         """
         config = self.config
-        for index, layer in enumerate(self.layers[: config.prediction_layers[-1] + 1]):
-            hidden_BLC = layer(hidden_BLC, **attention_kwargs)
+        for index, layer in enumerate(layers[: config.prediction_layers[-1] + 1]):
+            hidden_BLC = layer(hidden_BLC, **layer_kwargs)
             for k in (k for k, at in enumerate(config.prediction_layers) if at == index):
                 codes_BL = choose(k, self.norms[k](hidden_BLC))
                 if config.depth_mode == "dnd" and k < config.code_depth - 1:

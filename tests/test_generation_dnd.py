@@ -9,10 +9,24 @@ import torch
 from scipy.stats import chisquare
 from transformers import GenerationConfig
 
+from dnd_hf.decoding_dnd import Decoder, PackedDecoder
 from dnd_hf.generation_dnd import draw
 
 
 MODES = ("dnd", "vertical", "parallel")
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Lets `generate` run the layers as they are, on this CPU too."""
+    monkeypatch.setattr(PackedDecoder, "can_run", lambda model: False)
+
+
+@pytest.fixture(params=["packed", "plain"])
+def decoder(request):
+    """Both ways in which `generate` runs the layers."""
+    if request.param == "plain":
+        request.getfixturevalue("plain")
 
 
 def generators(*seeds) -> list[torch.Generator]:
@@ -71,7 +85,7 @@ def regenerate(model, class_labels, scale, uniforms=None, **filters) -> torch.Te
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_cached_generation_is_that_of_whole_prefixes(mode, sampled, scale, make_model):
+def test_cached_generation_is_that_of_whole_prefixes(mode, sampled, scale, make_model, decoder):
     model = make_model(depth_mode=mode, code_depth=3, num_key_value_heads=1)
     class_labels = torch.tensor([0, 3, 1])
     if sampled:
@@ -279,7 +293,7 @@ def test_labels_may_be_a_number_a_list_or_a_tensor(make_model):
         assert torch.equal(model.generate(class_labels, do_sample=False), expected)
 
 
-def test_the_cache_is_allocated_once_and_smaller_batches_use_a_part(make_model):
+def test_the_cache_is_allocated_once_and_smaller_batches_use_a_part(make_model, plain):
     model = make_model()
     model.generate([0, 1, 2], guidance_scale=2.0)
     storage = model._cache_storage
@@ -292,7 +306,7 @@ def test_the_cache_is_allocated_once_and_smaller_batches_use_a_part(make_model):
     assert model._cache_storage.shape[2] == 8
 
 
-def test_what_an_earlier_call_left_in_the_cache_does_not_matter(make_model):
+def test_what_an_earlier_call_left_in_the_cache_does_not_matter(make_model, plain):
     model = make_model()
     expected = model.generate([0, 1], do_sample=False)
     model._cache_storage.fill_(torch.nan)
@@ -301,7 +315,7 @@ def test_what_an_earlier_call_left_in_the_cache_does_not_matter(make_model):
     assert torch.equal(model.generate([0, 1], do_sample=False), expected)
 
 
-def test_the_cache_is_not_saved_and_follows_the_dtype(make_model):
+def test_the_cache_is_not_saved_and_follows_the_dtype(make_model, plain):
     model = make_model()
     model.generate([0])
     assert not any("cache" in name for name in model.state_dict())
@@ -355,8 +369,64 @@ def test_callback_sees_every_cell_and_the_codes_so_far(make_model):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_attention_backends_generate_the_same(implementation, make_model):
+def test_attention_backends_generate_the_same(implementation, make_model, plain):
     model = make_model(num_key_value_heads=1)
     expected = regenerate(model, torch.tensor([0, 1]), 2.0)
     model.set_attn_implementation(implementation)
     assert torch.equal(model.generate([0, 1], guidance_scale=2.0, do_sample=False), expected)
+
+
+LARGER = dict(grid_size=(7, 10), num_attention_heads=4, num_key_value_heads=2, attention_bias=True, mlp_bias=True)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_grids_larger_than_a_step_of_the_packed_cache(tied, make_model, decoder):
+    model = make_model(tie_prediction_heads=tied, **LARGER)
+    codes = model.generate([0, 3], guidance_scale=2.0, generator=generators(5, 6))
+    assert torch.equal(codes, regenerate(model, torch.tensor([0, 3]), 2.0, uniforms_of(model, 5, 6)))
+
+
+@torch.no_grad()
+def test_packed_layers_are_as_exact_in_bfloat16_as_the_layers_they_stand_for(make_model):
+    model = make_model(hidden_size=64, intermediate_size=96, num_hidden_layers=4, **LARGER)
+    tokens = torch.randn(70, 3, 1, 64, generator=torch.Generator().manual_seed(0))
+
+    def read_by_heads(decoder) -> torch.Tensor:
+        seen = []
+        for position, token_BLC in enumerate(tokens.to(model.dtype)):
+            model.run_layers(
+                token_BLC,
+                lambda k, hidden_BLC: seen.append(decoder.head(k)(hidden_BLC)) or torch.zeros(3, 1, dtype=torch.long),
+                decoder.layers,
+                **decoder.at(position),
+            )
+        return torch.stack(seen).double()
+
+    exact = read_by_heads(Decoder(model, model._allocate_cache(3, model.device, model.dtype)))
+    torch.testing.assert_close(read_by_heads(PackedDecoder(model, 3)), exact, rtol=1e-4, atol=1e-4)
+    model.bfloat16()
+    plain = read_by_heads(Decoder(model, model._allocate_cache(3, model.device, model.dtype)))
+    packed = read_by_heads(PackedDecoder(model, 3))
+    errors = [(decoded - exact).square().mean().sqrt().item() for decoded in (plain, packed)]
+    assert 0 < errors[1] < 1.2 * errors[0]
+
+
+def test_models_that_somebody_has_changed_are_not_packed(make_model):
+    class Adapter(torch.nn.Linear):
+        """Stands for a projection with LoRA, or a quantized one."""
+
+    assert PackedDecoder.can_run(make_model()) and PackedDecoder.can_run(make_model().bfloat16())
+    assert not PackedDecoder.can_run(make_model().half())
+    model = make_model()
+    handle = model.layers[1].register_forward_hook(lambda *_: None)
+    assert not PackedDecoder.can_run(model)
+    handle.remove()
+    assert PackedDecoder.can_run(model)
+    model.layers[2].mlp.forward = model.layers[2].mlp.forward  # as the offloading hooks of accelerate do
+    assert not PackedDecoder.can_run(model)
+    for changed in ("self_attn.q_proj", "mlp.down_proj"):
+        model = make_model()
+        old = model.layers[0].get_submodule(changed)
+        model.layers[0].set_submodule(changed, Adapter(old.in_features, old.out_features, bias=False))
+        assert not PackedDecoder.can_run(model)
+        model.generate([0])

@@ -176,10 +176,161 @@ else:
             return cls(**{**defaults, **kwargs})
 
 
+    """How generate() runs the layers for one new token a sequence: as they are, or packed for CPUs."""
+
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+
+
+    POSITIONS_AT_ONCE = 32
+    """By how many positions the cache of a `PackedDecoder` grows."""
+
+
+    class KeyValueCache:
+        """Keys and values, to which attention layers of transformers add one token at a time with `update`.
+
+        They get views of what is filled, so nothing is copied and no mask is needed.
+
+        Args:
+            storage: `(layers, 2, batch, heads, positions, head_dim)`.
+        """
+
+        def __init__(self, storage: Tensor):
+            self.layers = [layer.unbind() for layer in storage]
+            self.position = 0
+
+        def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+            """Writes a `(batch, heads, 1, head_dim)` key and value at `position`; returns all up to there."""
+            keys, values = self.layers[layer_idx]
+            keys.narrow(2, self.position, 1).copy_(key)
+            values.narrow(2, self.position, 1).copy_(value)
+            return keys.narrow(2, 0, self.position + 1), values.narrow(2, 0, self.position + 1)
+
+
+    class Decoder:
+        """The layers of a model as they are.
+
+        Args:
+            model: a [`DnDForImageGeneration`].
+            storage: memory for the keys and values, `(layers, 2, batch, heads, positions, head_dim)`.
+        """
+
+        def __init__(self, model: nn.Module, storage: Tensor):
+            self.layers, self.head = model.layers, model.head
+            self.rotary = model.rotary_embeddings(storage.device, storage.dtype)
+            self.cache = KeyValueCache(storage)
+
+        def at(self, position: int) -> dict:
+            """What the layers are called with at a position; positions come in order, from 0."""
+            self.cache.position = position
+            rotary = tuple(table[:, position, None] for table in self.rotary)
+            return dict(position_embeddings=rotary, attention_mask=None, past_key_values=self.cache)
+
+
+    class PackedDecoder:
+        """The layers of a model on a CPU in few operations, with copies of the weights in oneDNN's own layout.
+
+        A product of few rows takes as long as its weight takes to read, which is fastest in that layout (`torch.compile`
+        packs frozen weights likewise). The cache is contiguous, with transposed keys, since a product would copy it first
+        otherwise: it grows by `POSITIONS_AT_ONCE`, and a mask hides what is not filled.
+
+        Args:
+            model: a [`DnDForImageGeneration`] whose weights do not change while this is in use.
+            batch: sequences, null ones included.
+        """
+
+        def __init__(self, model: nn.Module, batch: int):
+            config = model.config
+            heads = [PackedLinear([head], batch) for head in model.heads]
+            self.head = lambda k: heads[k % len(heads)]  # one for all depths, or one each
+            self.layers = [PackedLayer(layer, batch) for layer in model.layers[: config.prediction_layers[-1] + 1]]
+            cos, sin = (table[0, :, None] for table in model.rotary_embeddings(model.device, model.dtype))
+            left, right = sin.chunk(2, -1)
+            self.rotary = cos, torch.cat([-left, right], dim=-1)  # so that turning takes no negation
+            self.mask = torch.full([config.sequence_length], -torch.inf, dtype=model.dtype)
+
+        @staticmethod
+        def can_run(model: nn.Module) -> bool:
+            """Whether the model is as it was built, on a CPU, and in a precision for which oneDNN is there."""
+            if not torch.backends.mkldnn.is_available():
+                return False
+            dtypes = {torch.float32, torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {torch.float32}
+            if any(weight.device.type != "cpu" or weight.dtype not in dtypes for weight in model.parameters()):
+                return False
+            parts = dict(model.layers.named_modules()) | dict(model.heads.named_modules(prefix="heads"))
+            linear = [part for name, part in parts.items() if name.endswith("_proj")] + list(model.heads)
+            own = (
+                vars(part).keys() & {"forward"} or part._forward_hooks or part._forward_pre_hooks for part in parts.values()
+            )
+            return all(type(layer) is nn.Linear for layer in linear) and not any(own)
+
+        def at(self, position: int) -> dict:
+            """What the layers are called with at a position; positions come in order, from 0."""
+            if position % POSITIONS_AT_ONCE == 0:
+                grown = min(POSITIONS_AT_ONCE, len(self.mask) - position)
+                for layer in self.layers:
+                    layer.grow(grown)
+            self.mask[position] = 0
+            cos, sin = self.rotary
+            return dict(position=position, cos=cos[position], sin=sin[position], mask=self.mask)
+
+
+    class PackedLinear:
+        """Linear layers of the same input as one product, for about `rows` rows. Their outputs stand side by side."""
+
+        def __init__(self, layers: list[nn.Linear], rows: int):
+            weight = torch.cat([layer.weight for layer in layers])
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+            self.bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+
+        def __call__(self, inputs: Tensor) -> Tensor:
+            return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+
+
+    class PackedLayer:
+        """A decoder layer for one token of each of `batch` sequences."""
+
+        def __init__(self, layer: nn.Module, batch: int):
+            attention, mlp = layer.self_attn, layer.mlp
+            self.head_dim, self.scaling, self.act_fn = attention.head_dim, attention.scaling, mlp.act_fn
+            self.kv_heads = attention.config.num_key_value_heads
+            self.attention_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
+            self.qkv_proj = PackedLinear([attention.q_proj, attention.k_proj, attention.v_proj], batch)
+            self.o_proj = PackedLinear([attention.o_proj], batch)
+            self.gate_up_proj = PackedLinear([mlp.gate_proj, mlp.up_proj], batch)
+            self.down_proj = PackedLinear([mlp.down_proj], batch)
+            weight = attention.o_proj.weight
+            self.keys = weight.new_empty(batch * self.kv_heads, self.head_dim, 0)
+            self.values = weight.new_empty(batch * self.kv_heads, 0, self.head_dim)
+
+        def grow(self, positions: int) -> None:
+            """Makes room for so many more positions in the cache."""
+            self.keys = F.pad(self.keys, (0, positions))
+            self.values = F.pad(self.values, (0, 0, 0, positions))
+
+        def __call__(self, hidden_states: Tensor, position: int, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+            """`(batch, 1, hidden_size)` to the same; cosines and sines `(1, head_dim)`, mask `(sequence_length,)`."""
+            batch, sequences = len(hidden_states), len(self.keys)
+            qkv = self.qkv_proj(self.attention_norm(hidden_states)).view(batch, -1, self.head_dim)
+            turned, value = qkv[:, : -self.kv_heads], qkv[:, -self.kv_heads :]
+            turned = torch.addcmul(turned * cos, turned.roll(self.head_dim // 2, -1), sin)
+            query, key = turned[:, : -self.kv_heads] * self.scaling, turned[:, -self.kv_heads :]
+            self.keys[..., position] = key.reshape(sequences, -1)
+            self.values[:, position] = value.reshape(sequences, -1)
+            query = query.view(sequences, -1, self.head_dim)  # heads that share keys are the rows of one product
+            scores = (query @ self.keys).add_(mask[: self.keys.shape[-1]])
+            attended = (scores.softmax(-1) @ self.values).view_as(hidden_states)
+            hidden_states = hidden_states + self.o_proj(attended)
+            gate, up = self.gate_up_proj(self.mlp_norm(hidden_states)).chunk(2, -1)
+            return hidden_states + self.down_proj(self.act_fn(gate) * up)
+
+
     """generate(): the sampling loop of the DnD-Transformer, with cache, guidance and filters."""
 
     import math
     from collections.abc import Callable, Sequence
+    from functools import partial
 
     import torch
     from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -191,6 +342,7 @@ else:
         TopKLogitsWarper,
         TopPLogitsWarper,
     )
+
 
 
     GUIDANCE_SCHEDULES = ("constant", "linear", "power-cosine")
@@ -212,25 +364,6 @@ else:
         if schedule == "power-cosine":
             return [1 + (scale - 1) / 2 * (1 - math.cos(math.pi * part**power)) for part in progress]
         return [scale] * length
-
-
-    class KeyValueCache:
-        """Keys and values of all layers, `(layers, 2, batch, heads, positions, head_dim)`, allocated once.
-
-        Attention layers call `update` as on any cache of transformers, one token at a time, and get views of the part that
-        is filled, so nothing is copied and no mask is needed.
-        """
-
-        def __init__(self, storage: Tensor):
-            self.layers = [layer.unbind() for layer in storage]
-            self.position = 0
-
-        def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-            """Writes a `(batch, heads, 1, head_dim)` key and value at `position`; returns all up to there."""
-            keys, values = self.layers[layer_idx]
-            keys.narrow(2, self.position, 1).copy_(key)
-            values.narrow(2, self.position, 1).copy_(value)
-            return keys.narrow(2, 0, self.position + 1), values.narrow(2, 0, self.position + 1)
 
 
     class DnDGenerationMixin(GenerationMixin):
@@ -320,32 +453,29 @@ else:
             if guided:
                 class_labels = torch.cat([class_labels, torch.full_like(class_labels, config.num_classes)])
             token_BC = self.embed_classes(class_labels)
-            cache = self._allocate_cache(len(class_labels), device, token_BC.dtype)
-            cos, sin = self.rotary_embeddings(device, token_BC.dtype)
-            half = config.head_dim // 2
-            sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)  # then turning takes no negation
+            if PackedDecoder.can_run(self):
+                decoder = PackedDecoder(self, len(class_labels))
+            else:
+                decoder = Decoder(self, self._allocate_cache(len(class_labels), device, token_BC.dtype))
 
-            def choose(k: int, hidden_BLC: Tensor) -> Tensor:
-                logits_BV = self.head(k)(hidden_BLC[:, -1]).float()
+            def choose(position: int, k: int, hidden_BLC: Tensor) -> Tensor:
+                logits_BV = decoder.head(k)(hidden_BLC[:, -1]).float()
                 if guided:
                     conditional, null = logits_BV.chunk(2)
-                    logits_BV = null + (conditional - null) * scales[cache.position]
+                    logits_BV = null + (conditional - null) * scales[position]
                 if do_sample:
-                    codes_B = draw(filters[k](None, logits_BV), noise_BLD[:, cache.position, k])
+                    codes_B = draw(filters[k](None, logits_BV), noise_BLD[:, position, k])
                 else:
                     codes_B = logits_BV.argmax(-1)
-                codes_BLD[:, cache.position, k] = codes_B
+                codes_BLD[:, position, k] = codes_B
                 return (codes_B.repeat(2) if guided else codes_B)[:, None]
 
             was_training = self.training
             self.eval()
             try:
                 for position in range(length):
-                    cache.position = position
-                    rotary = cos[:, position, None], sin[:, position, None]
-                    self.run_layers(
-                        token_BC[:, None], choose, position_embeddings=rotary, attention_mask=None, past_key_values=cache
-                    )
+                    chosen = partial(choose, position)
+                    self.run_layers(token_BC[:, None], chosen, decoder.layers, **decoder.at(position))
                     token_BC = self.embed_tokens(codes_BLD[:, position]).sum(1)
                     token_BC = token_BC.repeat(2, 1) if guided else token_BC
                     if callback is not None:
@@ -366,7 +496,7 @@ else:
             # Sequentially offloaded weights are on "meta" until a layer runs; the pipeline's labels are where it will run.
             return labels if self.device.type == "meta" else labels.to(self.device)
 
-        def _allocate_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> KeyValueCache:
+        def _allocate_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
             config = self.config
             shape = (
                 config.prediction_layers[-1] + 1,
@@ -380,7 +510,7 @@ else:
             fits = storage is not None and storage.dtype == dtype and storage.device == device
             if not fits or storage.shape[2] < batch:
                 storage = self._cache_storage = torch.empty(shape, dtype=dtype, device=device)
-            return KeyValueCache(storage[:, :, :batch])
+            return storage[:, :, :batch]
 
 
     def draw(logits: Tensor, uniform: Tensor) -> Tensor:
@@ -448,7 +578,7 @@ else:
     Shape suffixes: B batch, L sequence (grid positions in raster order), D depth, C hidden size, V codebook size.
     """
 
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from dataclasses import dataclass
 
     import torch
@@ -457,7 +587,7 @@ else:
     from torch.utils.checkpoint import checkpoint
     from transformers import PreTrainedModel, initialization
     from transformers.masking_utils import create_causal_mask
-    from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
     from transformers.utils import ModelOutput, is_liger_kernel_available
 
 
@@ -496,40 +626,11 @@ else:
             return branch_BLC * kept / (1 - self.rate)
 
 
-    class DnDAttention(LlamaAttention):
-        """LLaMA's attention; where there is a cache, that of one new token a sequence, in few operations.
-
-        Generation on a CPU is bound by the weights it reads and by the number of operations. There, two matrix products
-        are several times faster for one query than PyTorch's fused kernel, which is made for many.
-        """
-
-        def forward(
-            self, hidden_states: Tensor, position_embeddings, attention_mask=None, past_key_values=None, **kwargs
-        ) -> tuple[Tensor, Tensor | None]:
-            if past_key_values is None:
-                return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
-            batch, heads, size = len(hidden_states), self.config.num_attention_heads, self.head_dim
-            cos, sin = position_embeddings
-            turned = torch.cat([self.q_proj(hidden_states), self.k_proj(hidden_states)], dim=-1).view(batch, -1, 1, size)
-            turned = torch.addcmul(turned * cos, turned.roll(size // 2, -1), sin)
-            query, key = turned[:, :heads], turned[:, heads:]
-            value = self.v_proj(hidden_states).view(batch, -1, 1, size)
-            keys, values = past_key_values.update(key, value, self.layer_idx)
-            if query.is_cuda:
-                grouped = keys.shape[1] != heads
-                attended = F.scaled_dot_product_attention(query, keys, values, enable_gqa=grouped)
-            else:  # heads that share keys are the rows of one product
-                query = query.view(batch, keys.shape[1], -1, size) * self.scaling
-                attended = (query @ keys.transpose(-1, -2)).softmax(-1) @ values
-            return self.o_proj(attended.reshape(batch, 1, -1)), None
-
-
     class DnDDecoderLayer(LlamaDecoderLayer):
         """A LLaMA block with dropout and stochastic depth on both residual branches."""
 
         def __init__(self, config: DnDConfig, layer_idx: int):
             super().__init__(config, layer_idx)
-            self.self_attn = DnDAttention(config, layer_idx)
             self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             self.residual_dropout = nn.Dropout(config.residual_dropout)
@@ -644,7 +745,7 @@ else:
                     sums.append(summed_cross_entropy(hidden_BLC.flatten(0, 1), self.head(k).weight, targets[k]))
                 return codes_BLD[..., k]
 
-            self.run_layers(hidden_BLC, teach, position_embeddings=rotary, attention_mask=mask)
+            self.run_layers(hidden_BLC, teach, self.layers, position_embeddings=rotary, attention_mask=mask)
 
             loss = depth_losses = None
             if targets:
@@ -658,15 +759,21 @@ else:
             """The linear part of the head of depth k."""
             return self.heads[0 if self.config.tie_prediction_heads else k]
 
-        def run_layers(self, hidden_BLC: Tensor, choose: Callable[[int, Tensor], Tensor], **attention_kwargs) -> None:
+        def run_layers(
+            self,
+            hidden_BLC: Tensor,
+            choose: Callable[[int, Tensor], Tensor],
+            layers: Sequence[Callable[..., Tensor]],
+            **layer_kwargs,
+        ) -> None:
             """The DnD forward pass, the same in training and generation (Section 3.2).
 
             `choose(k, hidden_BLC)` receives what head k reads, normalised, and returns the codes `(B, L)` of that depth:
             the true ones in training, sampled ones in generation. Layers above the last head are not run.
             """
             config = self.config
-            for index, layer in enumerate(self.layers[: config.prediction_layers[-1] + 1]):
-                hidden_BLC = layer(hidden_BLC, **attention_kwargs)
+            for index, layer in enumerate(layers[: config.prediction_layers[-1] + 1]):
+                hidden_BLC = layer(hidden_BLC, **layer_kwargs)
                 for k in (k for k, at in enumerate(config.prediction_layers) if at == index):
                     codes_BL = choose(k, self.norms[k](hidden_BLC))
                     if config.depth_mode == "dnd" and k < config.code_depth - 1:

@@ -1,0 +1,148 @@
+"""How generate() runs the layers for one new token a sequence: as they are, or packed for CPUs."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+POSITIONS_AT_ONCE = 32
+"""By how many positions the cache of a `PackedDecoder` grows."""
+
+
+class KeyValueCache:
+    """Keys and values, to which attention layers of transformers add one token at a time with `update`.
+
+    They get views of what is filled, so nothing is copied and no mask is needed.
+
+    Args:
+        storage: `(layers, 2, batch, heads, positions, head_dim)`.
+    """
+
+    def __init__(self, storage: Tensor):
+        self.layers = [layer.unbind() for layer in storage]
+        self.position = 0
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Writes a `(batch, heads, 1, head_dim)` key and value at `position`; returns all up to there."""
+        keys, values = self.layers[layer_idx]
+        keys.narrow(2, self.position, 1).copy_(key)
+        values.narrow(2, self.position, 1).copy_(value)
+        return keys.narrow(2, 0, self.position + 1), values.narrow(2, 0, self.position + 1)
+
+
+class Decoder:
+    """The layers of a model as they are.
+
+    Args:
+        model: a [`DnDForImageGeneration`].
+        storage: memory for the keys and values, `(layers, 2, batch, heads, positions, head_dim)`.
+    """
+
+    def __init__(self, model: nn.Module, storage: Tensor):
+        self.layers, self.head = model.layers, model.head
+        self.rotary = model.rotary_embeddings(storage.device, storage.dtype)
+        self.cache = KeyValueCache(storage)
+
+    def at(self, position: int) -> dict:
+        """What the layers are called with at a position; positions come in order, from 0."""
+        self.cache.position = position
+        rotary = tuple(table[:, position, None] for table in self.rotary)
+        return dict(position_embeddings=rotary, attention_mask=None, past_key_values=self.cache)
+
+
+class PackedDecoder:
+    """The layers of a model on a CPU in few operations, with copies of the weights in oneDNN's own layout.
+
+    A product of few rows takes as long as its weight takes to read, which is fastest in that layout (`torch.compile`
+    packs frozen weights likewise). The cache is contiguous, with transposed keys, since a product would copy it first
+    otherwise: it grows by `POSITIONS_AT_ONCE`, and a mask hides what is not filled.
+
+    Args:
+        model: a [`DnDForImageGeneration`] whose weights do not change while this is in use.
+        batch: sequences, null ones included.
+    """
+
+    def __init__(self, model: nn.Module, batch: int):
+        config = model.config
+        heads = [PackedLinear([head], batch) for head in model.heads]
+        self.head = lambda k: heads[k % len(heads)]  # one for all depths, or one each
+        self.layers = [PackedLayer(layer, batch) for layer in model.layers[: config.prediction_layers[-1] + 1]]
+        cos, sin = (table[0, :, None] for table in model.rotary_embeddings(model.device, model.dtype))
+        left, right = sin.chunk(2, -1)
+        self.rotary = cos, torch.cat([-left, right], dim=-1)  # so that turning takes no negation
+        self.mask = torch.full([config.sequence_length], -torch.inf, dtype=model.dtype)
+
+    @staticmethod
+    def can_run(model: nn.Module) -> bool:
+        """Whether the model is as it was built, on a CPU, and in a precision for which oneDNN is there."""
+        if not torch.backends.mkldnn.is_available():
+            return False
+        dtypes = {torch.float32, torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {torch.float32}
+        if any(weight.device.type != "cpu" or weight.dtype not in dtypes for weight in model.parameters()):
+            return False
+        parts = dict(model.layers.named_modules()) | dict(model.heads.named_modules(prefix="heads"))
+        linear = [part for name, part in parts.items() if name.endswith("_proj")] + list(model.heads)
+        own = (
+            vars(part).keys() & {"forward"} or part._forward_hooks or part._forward_pre_hooks for part in parts.values()
+        )
+        return all(type(layer) is nn.Linear for layer in linear) and not any(own)
+
+    def at(self, position: int) -> dict:
+        """What the layers are called with at a position; positions come in order, from 0."""
+        if position % POSITIONS_AT_ONCE == 0:
+            grown = min(POSITIONS_AT_ONCE, len(self.mask) - position)
+            for layer in self.layers:
+                layer.grow(grown)
+        self.mask[position] = 0
+        cos, sin = self.rotary
+        return dict(position=position, cos=cos[position], sin=sin[position], mask=self.mask)
+
+
+class PackedLinear:
+    """Linear layers of the same input as one product, for about `rows` rows. Their outputs stand side by side."""
+
+    def __init__(self, layers: list[nn.Linear], rows: int):
+        weight = torch.cat([layer.weight for layer in layers])
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        self.bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+
+
+class PackedLayer:
+    """A decoder layer for one token of each of `batch` sequences."""
+
+    def __init__(self, layer: nn.Module, batch: int):
+        attention, mlp = layer.self_attn, layer.mlp
+        self.head_dim, self.scaling, self.act_fn = attention.head_dim, attention.scaling, mlp.act_fn
+        self.kv_heads = attention.config.num_key_value_heads
+        self.attention_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self.qkv_proj = PackedLinear([attention.q_proj, attention.k_proj, attention.v_proj], batch)
+        self.o_proj = PackedLinear([attention.o_proj], batch)
+        self.gate_up_proj = PackedLinear([mlp.gate_proj, mlp.up_proj], batch)
+        self.down_proj = PackedLinear([mlp.down_proj], batch)
+        weight = attention.o_proj.weight
+        self.keys = weight.new_empty(batch * self.kv_heads, self.head_dim, 0)
+        self.values = weight.new_empty(batch * self.kv_heads, 0, self.head_dim)
+
+    def grow(self, positions: int) -> None:
+        """Makes room for so many more positions in the cache."""
+        self.keys = F.pad(self.keys, (0, positions))
+        self.values = F.pad(self.values, (0, 0, 0, positions))
+
+    def __call__(self, hidden_states: Tensor, position: int, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        """`(batch, 1, hidden_size)` to the same; cosines and sines `(1, head_dim)`, mask `(sequence_length,)`."""
+        batch, sequences = len(hidden_states), len(self.keys)
+        qkv = self.qkv_proj(self.attention_norm(hidden_states)).view(batch, -1, self.head_dim)
+        turned, value = qkv[:, : -self.kv_heads], qkv[:, -self.kv_heads :]
+        turned = torch.addcmul(turned * cos, turned.roll(self.head_dim // 2, -1), sin)
+        query, key = turned[:, : -self.kv_heads] * self.scaling, turned[:, -self.kv_heads :]
+        self.keys[..., position] = key.reshape(sequences, -1)
+        self.values[:, position] = value.reshape(sequences, -1)
+        query = query.view(sequences, -1, self.head_dim)  # heads that share keys are the rows of one product
+        scores = (query @ self.keys).add_(mask[: self.keys.shape[-1]])
+        attended = (scores.softmax(-1) @ self.values).view_as(hidden_states)
+        hidden_states = hidden_states + self.o_proj(attended)
+        gate, up = self.gate_up_proj(self.mlp_norm(hidden_states)).chunk(2, -1)
+        return hidden_states + self.down_proj(self.act_fn(gate) * up)
