@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .packing import PackedLinear, can_pack
+
 
 POSITIONS_AT_ONCE = 32
 """By how many positions the cache of a `PackedDecoder` grows."""
@@ -64,7 +66,7 @@ class PackedDecoder:
 
     def __init__(self, model: nn.Module, batch: int):
         config = model.config
-        heads = [PackedLinear([head], batch) for head in model.heads]
+        heads = [joined([head], batch) for head in model.heads]
         self.head = lambda k: heads[k % len(heads)]  # one for all depths, or one each
         self.layers = [PackedLayer(layer, batch) for layer in model.layers[: config.prediction_layers[-1] + 1]]
         cos, sin = (table[0, :, None] for table in model.rotary_embeddings(model.device, model.dtype))
@@ -75,10 +77,7 @@ class PackedDecoder:
     @staticmethod
     def can_run(model: nn.Module) -> bool:
         """Whether the model is as it was built, on a CPU, and in a precision for which oneDNN is there."""
-        if not torch.backends.mkldnn.is_available():
-            return False
-        dtypes = {torch.float32, torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {torch.float32}
-        if any(weight.device.type != "cpu" or weight.dtype not in dtypes for weight in model.parameters()):
+        if not all(can_pack(weight) for weight in model.parameters()):
             return False
         parts = dict(model.layers.named_modules()) | dict(model.heads.named_modules(prefix="heads"))
         linear = [part for name, part in parts.items() if name.endswith("_proj")] + list(model.heads)
@@ -98,16 +97,10 @@ class PackedDecoder:
         return dict(position=position, cos=cos[position], sin=sin[position], mask=self.mask)
 
 
-class PackedLinear:
-    """Linear layers of the same input as one product, for about `rows` rows. Their outputs stand side by side."""
-
-    def __init__(self, layers: list[nn.Linear], rows: int):
-        weight = torch.cat([layer.weight for layer in layers])
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        self.bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+def joined(layers: list[nn.Linear], rows: int) -> PackedLinear:
+    """Linear layers of the same input as one product, whose outputs stand side by side."""
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    return PackedLinear(torch.cat([layer.weight for layer in layers]), bias, rows)
 
 
 class PackedLayer:
@@ -118,10 +111,10 @@ class PackedLayer:
         self.head_dim, self.scaling, self.act_fn = attention.head_dim, attention.scaling, mlp.act_fn
         self.kv_heads = attention.config.num_key_value_heads
         self.attention_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
-        self.qkv_proj = PackedLinear([attention.q_proj, attention.k_proj, attention.v_proj], batch)
-        self.o_proj = PackedLinear([attention.o_proj], batch)
-        self.gate_up_proj = PackedLinear([mlp.gate_proj, mlp.up_proj], batch)
-        self.down_proj = PackedLinear([mlp.down_proj], batch)
+        self.qkv_proj = joined([attention.q_proj, attention.k_proj, attention.v_proj], batch)
+        self.o_proj = joined([attention.o_proj], batch)
+        self.gate_up_proj = joined([mlp.gate_proj, mlp.up_proj], batch)
+        self.down_proj = joined([mlp.down_proj], batch)
         weight = attention.o_proj.weight
         self.keys = weight.new_empty(batch * self.kv_heads, self.head_dim, 0)
         self.values = weight.new_empty(batch * self.kv_heads, 0, self.head_dim)

@@ -1,55 +1,90 @@
 """Residual vector quantization: nearest codes, EMA codebooks, restarts of unused codes."""
 
+import math
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-# Elements of the (vectors x codebook) distance matrix that are held at a time: 64 MB of float32.
-DISTANCE_CHUNK = 2**24
+from .packing import PackedLinear
 
 
-@torch.no_grad()
-def nearest_codes(vectors: Tensor, codebook: Tensor, chunk_elements: int = DISTANCE_CHUNK) -> Tensor:
-    """The index of the nearest codebook entry (Euclidean) of each vector.
+# Elements of the (vectors x codebook) distance matrix that are held at a time: 8 MB of float32, which the caches of a
+# CPU hold, or 256 MB.
+DISTANCE_CHUNK, DISTANCE_CHUNK_GPU = 2**21, 2**26
 
-    Distances are computed in float32, `chunk_elements` at a time. Where float32 rounding could decide between two
-    entries, that vector is searched again in float64, so the answer is that of an exact search and depends neither on
-    the other vectors nor on the chunk size, unless two exact distances agree to float64 rounding.
+
+class NearestCodes:
+    """Search for the entries of a codebook that are nearest to vectors (Euclidean).
+
+    Distances are computed in float32, `chunk_elements` at a time. Where float32 rounding could decide between entries,
+    these are compared in float64, so the answer is that of an exact search and depends neither on the other vectors nor
+    on the chunk size, unless two exact distances agree to float64 rounding.
 
     Args:
-        vectors: `(n, dim)`, any floating dtype.
-        codebook: `(num_codes, dim)` float32.
-        chunk_elements: memory bound of one chunk of distances, in elements.
-
-    Returns:
-        `(n,)` int64 in `[0, num_codes)`.
+        codebook: `(num_codes, dim)` float32; it must not change while this is in use.
+        chunk_elements: memory bound of one chunk of distances, in elements; default: by the kind of device.
     """
-    num_codes, dim = codebook.shape
-    codebook = codebook.float()
-    with torch.autocast(vectors.device.type, enabled=False):
-        # |v - c|^2 without |v|^2, which is the same for every entry: |c|^2 - 2 v.c
-        squared_norms = codebook.square().sum(1)
-        largest_norm = squared_norms.max().sqrt()
+
+    @torch.no_grad()
+    def __init__(self, codebook: Tensor, chunk_elements: int | None = None):
+        self.codebook = codebook.float()
+        if chunk_elements is None:
+            chunk_elements = DISTANCE_CHUNK_GPU if codebook.is_cuda else DISTANCE_CHUNK
+        self.rows = max(1, chunk_elements // len(codebook))
+        # |v - c|^2 without |v|^2, which is the same for every entry, and halved: |c|^2 / 2 - v.c
+        squared_norms = self.codebook.square().sum(1)
+        self.largest_norm = squared_norms.max().sqrt()
+        self.scores = PackedLinear(-self.codebook, squared_norms / 2, self.rows)
+
+    @torch.no_grad()
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """The indices `(n,)`, int64 in `[0, num_codes)`, for vectors `(n, dim)` of any floating dtype."""
         codes = vectors.new_empty(len(vectors), dtype=torch.int64)
         doubtful = vectors.new_empty(len(vectors), dtype=torch.bool)
-        rows = max(1, chunk_elements // num_codes)
-        for start in range(0, len(vectors), rows):
-            chunk = slice(start, start + rows)
-            part = vectors[chunk].float()
-            scores = torch.addmm(squared_norms, part, codebook.T, alpha=-2)
-            best, codes[chunk] = scores.min(1)
-            # A score is off by up to (dim + 2) * 2^-24 * (|c|^2 + 2 |v||c|): two may swap within twice that.
-            margin = (dim + 2) * 2.0**-23 * largest_norm * (largest_norm + 2 * part.norm(dim=1))
-            doubtful[chunk] = (scores <= (best + margin)[:, None]).sum(1) > 1
-        again = doubtful.nonzero().squeeze(1)
-        if len(again):
-            exact = codebook.double()
-            squared_norms = exact.square().sum(1)
-            for part in again.split(max(1, rows // 4)):
-                codes[part] = torch.addmm(squared_norms, vectors[part].double(), exact.T, alpha=-2).argmin(1)
-    return codes
+        with torch.autocast(vectors.device.type, enabled=False):
+            for start in range(0, len(vectors), self.rows):
+                chunk = slice(start, start + self.rows)
+                part = vectors[chunk].float()
+                lowest, codes[chunk] = _two_lowest(self.scores(part))
+                doubtful[chunk] = lowest[:, -1] <= lowest[:, 0] + self._margin(part)
+            again = doubtful.nonzero().squeeze(1)
+            for start in range(0, len(again), self.rows):
+                chunk = again[start : start + self.rows]
+                codes[chunk] = self._exactly(vectors[chunk].float())
+        return codes
+
+    def _margin(self, vectors: Tensor) -> Tensor:
+        # A score is off by up to (dim + 2) * 2^-24 * (|c|^2 / 2 + |v||c|), on a GPU that may round factors to TF32 by
+        # 2^-9 of that sum more; two may swap within twice that.
+        rounding = (vectors.shape[1] + 2) * 2.0**-24
+        if vectors.is_cuda and torch.get_float32_matmul_precision() != "highest":
+            rounding += 2.0**-9
+        return 2 * rounding * self.largest_norm * (self.largest_norm / 2 + vectors.norm(dim=1))
+
+    def _exactly(self, vectors: Tensor) -> Tensor:
+        """Compares in float64 those entries that may be the nearest of some vector; of equals, the first is taken."""
+        scores = self.scores(vectors)
+        near = scores <= (scores.amin(1) + self._margin(vectors))[:, None]
+        candidates = near.any(0).nonzero().squeeze(1)
+        exact = self.codebook[candidates].double()
+        return candidates[torch.addmm(exact.square().sum(1), vectors.double(), exact.T, alpha=-2).argmin(1)]
+
+
+def _two_lowest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The lowest two scores `(n, 2)` of each row `(n, num_codes)`, and the index `(n,)` of the lowest.
+
+    They lie in the two groups of columns with the lowest minima, which one fast pass finds.
+    """
+    columns = scores.shape[1]
+    groups = scores.unflatten(1, (-1, math.gcd(columns, 128)))
+    chosen = groups.amin(2).topk(min(2, groups.shape[1]), largest=False).indices
+    candidates = groups.take_along_dim(chosen[..., None], dim=1).flatten(1)
+    lowest, at = candidates.topk(min(2, columns), largest=False)
+    size = groups.shape[2]
+    codes = chosen.gather(1, at[:, :1] // size) * size + at[:, :1] % size
+    return F.pad(lowest, (0, 2 - lowest.shape[1]), value=torch.inf), codes.squeeze(1)
 
 
 class ResidualQuantizer(nn.Module):
@@ -118,9 +153,11 @@ class ResidualQuantizer(nn.Module):
     def encode(self, vectors: Tensor) -> Tensor:
         """Residual codes of vectors `(..., dim)`: int64 `(..., depth)`, greedy depth by depth."""
         residual = vectors.detach().reshape(-1, self.dim).float()
-        codes = []
+        codes, search = [], None
         for k in range(self.depth):
-            codes.append(nearest_codes(residual, self.codebook(k)))
+            if k == 0 or not self.shared:
+                search = NearestCodes(self.codebook(k))
+            codes.append(search(residual))
             residual = residual - F.embedding(codes[-1], self.codebook(k))
         return torch.stack(codes, dim=-1).view(*vectors.shape[:-1], self.depth)
 
@@ -165,7 +202,7 @@ class ResidualQuantizer(nn.Module):
                 self._restart(book, vectors, codes)
         totals = self.cluster_sizes.sum(1, keepdim=True)
         smoothed = totals * (self.cluster_sizes + self.epsilon) / (totals + self.num_codes * self.epsilon)
-        self.codebooks.copy_(self.embedding_sums / smoothed[..., None])
+        torch.div(self.embedding_sums, smoothed[..., None], out=self.codebooks)
         self.num_updates += 1
 
     def _restart(self, book: int, vectors: Tensor, codes: Tensor) -> None:
@@ -184,9 +221,10 @@ class ResidualQuantizer(nn.Module):
         position = position.clamp(0, len(vectors) - 1)
         chosen = vectors[position]
         for k in range(self.depth - 1):
-            step = F.embedding(codes[position, k], self.codebook(k))
-            chosen = chosen - step * (depth > k)[:, None]
-        chosen = chosen * mine[:, None]
+            deeper = (depth > k).nonzero().squeeze(1)
+            steps = F.embedding(codes[position[deeper], k], self.codebook(k))
+            chosen.index_add_(0, deeper, steps, alpha=-1)
+        chosen *= mine[:, None]
         if dist.is_initialized():
             dist.all_reduce(chosen)
         if len(unused) > total * depths:  # vectors drawn twice must not make equal codes

@@ -22,6 +22,7 @@ import types
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -333,7 +334,8 @@ def quantize(args: BenchmarkArguments, device: torch.device, reference: Referenc
     depth, batch = args.quantizer_depth, args.quantizer_batch_size
     torch.manual_seed(0)
     ours = ResidualQuantizer(16384, 256, depth).to(device)
-    vectors = torch.randn(batch, 16, 16, 256).to(device)
+    # New vectors each time: codes restarted from the same ones again would be equal.
+    batches = torch.randn(args.repeats + 2, batch, 16, 16, 256).to(device)
     modules = {"ours": ours}
     if reference:
         official = reference.quantizations.RQBottleneck([16, 16, 256], [16, 16, depth], 16384, shared_codebook=True)
@@ -348,13 +350,12 @@ def quantize(args: BenchmarkArguments, device: torch.device, reference: Referenc
             dim=256, codebook_size=16384, num_quantizers=depth, shared_codebook=True, threshold_ema_dead_code=1,
             commitment_weight=0.25, decay=0.99,
         )  # fmt: skip
-        modules["vector_quantize_pytorch"] = library.to(device)
+        modules["vector_quantize_pytorch"] = nn.Sequential(nn.Flatten(1, 2), library).to(device)
     for mode in ("eval", "train"):
         functions = {}
         for name, module in modules.items():
             getattr(module, mode)()
-            inputs = vectors.flatten(1, 2) if name == "vector_quantize_pytorch" else vectors
-            functions[name] = partial(module, inputs)
+            functions[name] = partial(lambda module, of: module(next(of)), module, cycle(batches))
         grad = torch.enable_grad if mode == "train" else torch.no_grad
         with grad():
             seconds = side_by_side(functions, device, args.repeats)

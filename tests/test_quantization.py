@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dnd_hf.quantization import DISTANCE_CHUNK, ResidualQuantizer, nearest_codes
+from dnd_hf.quantization import DISTANCE_CHUNK, NearestCodes, ResidualQuantizer
 
 
 EPS = torch.finfo(torch.float32).eps
@@ -56,7 +56,7 @@ def test_codes_are_exact_where_float32_distances_are_all_noise():
     expected = (vectors.double()[:, None] - codebook.double()[None]).square().sum(-1).argmin(1)
     naive = (codebook.square().sum(1) - 2 * vectors @ codebook.T).argmin(1)
     assert (naive != expected).any()
-    assert torch.equal(nearest_codes(vectors, codebook), expected)
+    assert torch.equal(NearestCodes(codebook)(vectors), expected)
 
 
 def test_shared_depths_use_one_codebook_and_separate_depths_their_own():
@@ -94,8 +94,8 @@ def test_codes_do_not_depend_on_the_chunk_size(chunk_elements, dtype):
     codebook, vectors = make_quantizer().codebook(0), random_vectors()
     midway = (codebook[:16] + codebook[16:]) / 2
     vectors = torch.cat([vectors, midway]).to(dtype)
-    alone = torch.cat([nearest_codes(vector[None], codebook) for vector in vectors])
-    assert torch.equal(nearest_codes(vectors, codebook, chunk_elements), alone)
+    alone = torch.cat([NearestCodes(codebook)(vector[None]) for vector in vectors])
+    assert torch.equal(NearestCodes(codebook, chunk_elements)(vectors), alone)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -348,7 +348,7 @@ class LargestTensor(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (list, tuple)) else (result,):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:  # not oneDNN's copy of the codebook
                 self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
         return result
 

@@ -176,11 +176,48 @@ else:
             return cls(**{**defaults, **kwargs})
 
 
+    """Matrix products on CPUs with a copy of the weight in oneDNN's own layout, as `torch.compile` packs frozen weights."""
+
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor
+
+
+    def can_pack(tensor: Tensor) -> bool:
+        """Whether oneDNN is there for the device and the precision of a tensor."""
+        if tensor.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+            return False
+        if tensor.dtype == torch.bfloat16:
+            return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return tensor.dtype == torch.float32
+
+
+    class PackedLinear:
+        """`inputs @ weight.T + bias` without gradients; the weight is packed where that can be done.
+
+        Args:
+            weight: `(out_features, in_features)`.
+            bias: `(out_features,)` or None.
+            rows: about how many rows the inputs will have.
+        """
+
+        def __init__(self, weight: Tensor, bias: Tensor | None, rows: int):
+            self.packed = can_pack(weight)
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows) if self.packed else weight
+            self.bias = bias
+
+        def __call__(self, inputs: Tensor) -> Tensor:
+            if self.packed:
+                return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+            return F.linear(inputs, self.weight, self.bias)
+
+
     """How generate() runs the layers for one new token a sequence: as they are, or packed for CPUs."""
 
     import torch
     import torch.nn.functional as F
     from torch import Tensor, nn
+
 
 
     POSITIONS_AT_ONCE = 32
@@ -242,7 +279,7 @@ else:
 
         def __init__(self, model: nn.Module, batch: int):
             config = model.config
-            heads = [PackedLinear([head], batch) for head in model.heads]
+            heads = [joined([head], batch) for head in model.heads]
             self.head = lambda k: heads[k % len(heads)]  # one for all depths, or one each
             self.layers = [PackedLayer(layer, batch) for layer in model.layers[: config.prediction_layers[-1] + 1]]
             cos, sin = (table[0, :, None] for table in model.rotary_embeddings(model.device, model.dtype))
@@ -253,10 +290,7 @@ else:
         @staticmethod
         def can_run(model: nn.Module) -> bool:
             """Whether the model is as it was built, on a CPU, and in a precision for which oneDNN is there."""
-            if not torch.backends.mkldnn.is_available():
-                return False
-            dtypes = {torch.float32, torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {torch.float32}
-            if any(weight.device.type != "cpu" or weight.dtype not in dtypes for weight in model.parameters()):
+            if not all(can_pack(weight) for weight in model.parameters()):
                 return False
             parts = dict(model.layers.named_modules()) | dict(model.heads.named_modules(prefix="heads"))
             linear = [part for name, part in parts.items() if name.endswith("_proj")] + list(model.heads)
@@ -276,16 +310,10 @@ else:
             return dict(position=position, cos=cos[position], sin=sin[position], mask=self.mask)
 
 
-    class PackedLinear:
-        """Linear layers of the same input as one product, for about `rows` rows. Their outputs stand side by side."""
-
-        def __init__(self, layers: list[nn.Linear], rows: int):
-            weight = torch.cat([layer.weight for layer in layers])
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-            self.bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-
-        def __call__(self, inputs: Tensor) -> Tensor:
-            return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+    def joined(layers: list[nn.Linear], rows: int) -> PackedLinear:
+        """Linear layers of the same input as one product, whose outputs stand side by side."""
+        bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+        return PackedLinear(torch.cat([layer.weight for layer in layers]), bias, rows)
 
 
     class PackedLayer:
@@ -296,10 +324,10 @@ else:
             self.head_dim, self.scaling, self.act_fn = attention.head_dim, attention.scaling, mlp.act_fn
             self.kv_heads = attention.config.num_key_value_heads
             self.attention_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
-            self.qkv_proj = PackedLinear([attention.q_proj, attention.k_proj, attention.v_proj], batch)
-            self.o_proj = PackedLinear([attention.o_proj], batch)
-            self.gate_up_proj = PackedLinear([mlp.gate_proj, mlp.up_proj], batch)
-            self.down_proj = PackedLinear([mlp.down_proj], batch)
+            self.qkv_proj = joined([attention.q_proj, attention.k_proj, attention.v_proj], batch)
+            self.o_proj = joined([attention.o_proj], batch)
+            self.gate_up_proj = joined([mlp.gate_proj, mlp.up_proj], batch)
+            self.down_proj = joined([mlp.down_proj], batch)
             weight = attention.o_proj.weight
             self.keys = weight.new_empty(batch * self.kv_heads, self.head_dim, 0)
             self.values = weight.new_empty(batch * self.kv_heads, 0, self.head_dim)
