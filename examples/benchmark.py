@@ -5,7 +5,7 @@ python examples/benchmark.py --sections decode quantize --reference DnD-Transfor
 `--reference` is a checkout of github.com/chenllliang/DnD-Transformer, which is not part of this project; it gets the
 same weights. Ours, the reference and the floor take turns in one process, so that whatever else the machine does meets
 all of them; the figures are medians. The floor is what the hardware needs for the arithmetic and the memory alone: see
-`decode_floor` and `train`.
+`decode_floors` and `train`.
 """
 
 import contextlib
@@ -20,7 +20,8 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -39,12 +40,14 @@ from dnd_hf import RQVAE, DnDConfig, DnDForImageGeneration
 from dnd_hf.conversion import export_original
 from dnd_hf.data.codes import CodesWriter, ShardReader, codes_features
 from dnd_hf.data.images import ImageDataset, TenCrop
+from dnd_hf.decoding_dnd import PackedDecoder
+from dnd_hf.evaluation.reports import import_figure
 from dnd_hf.quantization import ResidualQuantizer
 from dnd_hf.training.arguments import parse_arguments
 from dnd_hf.training.throughput import matmul_rate, synchronize, transformer_training_flops
 
 
-SECTIONS = ("decode", "train", "quantize", "tokenize", "extract")
+SECTIONS = ("decode", "train", "quantize", "tokenize", "extract", "growth")
 
 
 @dataclass
@@ -59,7 +62,10 @@ class BenchmarkArguments:
     repeats: int = HfArg(default=5, help="Times that each is run, after one that does not count.")
     device: str | None = HfArg(default=None, help="Default: a GPU where there is one.")
     dtype: Literal["float32", "bfloat16"] = HfArg(default="bfloat16", help="Of decoding and training.")
-    torch_compile: bool = HfArg(default=False, help="Compile training steps, ours and the official ones.")
+    torch_compile: bool = HfArg(
+        default=False, help="Compile training steps and tokenizers, ours and the official ones."
+    )
+    channels_last: bool = HfArg(default=False, help="Memory format of our tokenizer in tokenize.")
     size: Literal["B", "L", "XL", "XXL", "XXXL"] = HfArg(default="B", help="Transformer of decode and train.")
     code_depth: int = HfArg(default=2, help="Codes a position in decode, train and extract.")
     grid_size: int = HfArg(default=16, help="Rows, and columns, of decode and train.")
@@ -71,6 +77,9 @@ class BenchmarkArguments:
     tokenize_batch_sizes: list[int] = HfArg(default_factory=lambda: [1, 32], help="256-pixel pictures in tokenize.")
     extract_images: int = HfArg(default=8, help="Pictures of ten crops in extract.")
     image_size: int = HfArg(default=256, help="Pixels, of tokenize and extract.")
+    growth_batch_sizes: list[int] = HfArg(default_factory=lambda: [1, 2, 4, 8, 16], help="Of growth.")
+    growth_grid_sizes: list[int] = HfArg(default_factory=lambda: [8, 12, 16, 24, 32], help="Of growth, at batch 1.")
+    growth_depths: list[int] = HfArg(default_factory=lambda: [1, 2, 4, 8], help="Of growth, at batch 1.")
 
     def __post_init__(self):
         unknown = set(self.sections) - set(SECTIONS)
@@ -79,6 +88,8 @@ class BenchmarkArguments:
         for name in ("repeats", "code_depth", "grid_size", "train_batch_size", "quantizer_depth", "extract_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be positive, got {getattr(self, name)}.")
+        if "growth" in self.sections and self.output_dir:
+            import_figure()
         if self.reference is not None and not Path(self.reference, "src", "dnd_transformer").is_dir():
             raise ValueError(f"--reference {self.reference} is no checkout of the official repository.")
 
@@ -204,8 +215,8 @@ def row(section: str, what: str, unit: str, amount: float, seconds: dict[str, li
     if "reference" in middle:
         line["reference"] = amount / middle["reference"]
         line["ratio"] = middle["reference"] / middle["ours"]
-    if "floor" in middle:
-        line["share_of_floor"] = middle["floor"] / middle["ours"]
+    for floor in middle.keys() & {"floor", "packed_floor"}:
+        line[f"times_{floor}"] = middle["ours"] / middle[floor]
     return line | more
 
 
@@ -218,12 +229,13 @@ def read_bandwidth(device: torch.device, repeats: int) -> float:
     return 2 * block.nbytes / median(side_by_side({"copy": lambda: copy.copy_(block)}, device, repeats)["copy"])
 
 
-def decode_floor(model: DnDForImageGeneration, sequences: int, repeats: int) -> Callable[[], None]:
-    """A function that takes as long as decoding must.
+def decode_floors(model: DnDForImageGeneration, sequences: int, repeats: int) -> dict[str, Callable[[], None]]:
+    """Functions that take as long as decoding must.
 
     On CPUs: the matrix products of all steps, with the model's own weights, and then the time of reading the part of
-    the cache that is filled, at the measured bandwidth. On GPUs: the larger of bytes (weights and cache) over the
-    measured bandwidth and operations over the measured matrix rate.
+    the cache that is filled, at the measured bandwidth; in `floor` by PyTorch's linear layers, in `packed_floor` as
+    `generate` multiplies, which is faster. On GPUs: the larger of bytes (weights and cache) over the measured bandwidth
+    and operations over the measured matrix rate.
     """
     config, device, dtype = model.config, model.device, model.dtype
     steps = config.sequence_length
@@ -236,25 +248,32 @@ def decode_floor(model: DnDForImageGeneration, sequences: int, repeats: int) -> 
     bandwidth = read_bandwidth(device, repeats)
     if device.type == "cpu":
         inputs = {weight.shape[1]: torch.randn(sequences, weight.shape[1], dtype=dtype) for weight in weights}
+        plain = [(inputs[weight.shape[1]], partial(F.linear, weight=weight)) for weight in weights]
+        decoder = PackedDecoder(model, sequences)
+        width, inner = config.hidden_size, config.intermediate_size
+        packed = [(inputs[width], decoder.head(k)) for k in range(config.code_depth)]
+        for layer in decoder.layers:
+            packed += [(inputs[width], product) for product in (layer.qkv_proj, layer.o_proj, layer.gate_up_proj)]
+            packed.append((inputs[inner], layer.down_proj))
 
-        def products() -> None:
+        def run(products: list[tuple[Tensor, Callable]]) -> None:
             with torch.inference_mode():
                 for _ in range(steps):
-                    for weight in weights:
-                        F.linear(inputs[weight.shape[1]], weight)
+                    for values, product in products:
+                        product(values)
             time.sleep(cache_bytes / bandwidth)
 
-        return products
+        return {"floor": partial(run, plain), "packed_floor": partial(run, packed)}
     weight_count = sum(weight.numel() for weight in weights)
     by_memory = (steps * weight_count * item + cache_bytes) / bandwidth
     by_arithmetic = 2 * steps * weight_count * sequences / matmul_rate(device, dtype)
-    return partial(time.sleep, max(by_memory, by_arithmetic))
+    return {"floor": partial(time.sleep, max(by_memory, by_arithmetic))}
 
 
 def make_transformer(args: BenchmarkArguments, device: torch.device, dtype: torch.dtype) -> DnDForImageGeneration:
     """A transformer of the size asked for, with random weights in its heads too."""
     torch.manual_seed(0)
-    config = DnDConfig.from_size(args.size, code_depth=args.code_depth, grid_size=(args.grid_size, args.grid_size))
+    config = DnDConfig.from_size(args.size, code_depth=args.code_depth, grid_size=args.grid_size)
     model = DnDForImageGeneration(config)
     for head in model.heads:
         nn.init.normal_(head.weight, std=0.02)
@@ -275,7 +294,7 @@ def decode(args: BenchmarkArguments, device: torch.device, reference: Reference 
         options = dict(guidance_scale=args.guidance_scale, generator=torch.Generator(device).manual_seed(0))
         functions = {"ours": partial(model.generate, labels, **options)}
         guided = 2 if args.guidance_scale != 1 else 1
-        functions["floor"] = decode_floor(model, guided * batch, args.repeats)
+        functions |= decode_floors(model, guided * batch, args.repeats)
         for precision, official in officials.items():
             functions[str(precision)] = partial(
                 reference.generate, official, labels, model.config.sequence_length,
@@ -375,22 +394,39 @@ def make_tokenizer(args: BenchmarkArguments, depth: int, device: torch.device) -
 
 @torch.no_grad()
 def tokenize(args: BenchmarkArguments, device: torch.device, reference: Reference | None) -> Iterator[dict]:
-    """Pictures to codes and back, in float32."""
+    """Pictures to codes, in float32, and back, in bfloat16 too: grey levels (of 255) say how far off that is."""
     vae = make_tokenizer(args, args.code_depth, device)
     official = reference.tokenizer(vae).to(device) if reference else None
+    half = deepcopy(vae).to(torch.bfloat16)
+    if args.channels_last:
+        vae, half = (one.to(memory_format=torch.channels_last) for one in (vae, half))
+    if args.torch_compile:
+        for model in filter(None, (vae, half, official)):
+            model.encoder.compile()
+            model.decoder.compile()
     for batch in args.tokenize_batch_sizes:
         images = torch.rand(batch, 3, args.image_size, args.image_size, device=device) * 2 - 1
+        if args.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
         codes = vae.encode(images).codes
-        encode = {"ours": partial(vae.encode, images)}
-        decoding = {"ours": partial(vae.decode_codes, codes)}
+        exact, rounded = (one.decode_codes(codes).sample.float().clamp(-1, 1) for one in (vae, half))
+        off = {"grey_levels": (exact - rounded).abs().mean().item() * 127.5}
+        encoding = {"ours": partial(vae.encode, images)}
+        decoding = {"ours": partial(vae.decode_codes, codes), "half": partial(half.decode_codes, codes)}
         if official:
-            encode["reference"] = partial(official.get_codes, images)
+            encoding["reference"] = partial(official.get_codes, images)
             decoding["reference"] = partial(official.decode_code, codes)
-        for name, functions in (("encode", encode), ("decode", decoding)):
-            seconds = side_by_side(functions, device, args.repeats)
-            memory = extra_memory(functions["ours"], device)
-            what = f"{name}, {args.image_size} px, batch {batch}"
-            yield row("tokenize", what, "images/s", batch, seconds, memory_mb=memory)
+        seconds = side_by_side(encoding, device, args.repeats)
+        what = f"{args.image_size} px, batch {batch}{', channels last' * args.channels_last}"
+        what += ", compiled" * args.torch_compile
+        memory = extra_memory(encoding["ours"], device)
+        yield row("tokenize", f"encode, {what}", "images/s", batch, seconds, memory_mb=memory)
+        seconds = side_by_side(decoding, device, args.repeats)
+        half_seconds = {**seconds, "ours": seconds.pop("half")}
+        memory = extra_memory(decoding["ours"], device)
+        yield row("tokenize", f"decode, {what}", "images/s", batch, seconds, memory_mb=memory)
+        memory = extra_memory(decoding["half"], device)
+        yield row("tokenize", f"decode in bfloat16, {what}", "images/s", batch, half_seconds, memory_mb=memory, **off)
 
 
 def extract(args: BenchmarkArguments, device: torch.device, reference: Reference | None) -> Iterator[dict]:
@@ -437,9 +473,51 @@ def extract(args: BenchmarkArguments, device: torch.device, reference: Reference
     yield row("extract", f"ten crops, {args.image_size} px", "pictures/s", args.extract_images, seconds)
 
 
+def growth(args: BenchmarkArguments, device: torch.device, reference: Reference | None) -> Iterator[dict]:
+    """Decoding, without the official code, against the batch, the grid and the depth."""
+    sweeps = {
+        "batch": (args.growth_batch_sizes, lambda batch: dict(decode_batch_sizes=[batch])),
+        "grid": (args.growth_grid_sizes, lambda grid: dict(decode_batch_sizes=[1], grid_size=grid)),
+        "depth": (args.growth_depths, lambda depth: dict(decode_batch_sizes=[1], code_depth=depth)),
+    }
+    for kind, (values, settings) in sweeps.items():
+        for value in values:
+            for line in decode(replace(args, **settings(value)), device, None):
+                yield line | {"section": "growth", "against": kind, "value": value}
+
+
+def plot_growth(rows: list[dict], folder: Path) -> None:
+    """growth_batch.png: images/s against the batch; growth_grid_depth.png: seconds an image against grid and depth."""
+
+    def draw(axes, kind: str, label: str, of: Callable[[float], float]) -> None:
+        lines = [line for line in rows if line.get("against") == kind]
+        values = [line["value"] for line in lines]
+        axes.plot(values, [of(line["ours"]) for line in lines], "o-", label="ours")
+        for name in ("floor", "packed_floor"):
+            rates = [line["ours"] * line[f"times_{name}"] for line in lines if f"times_{name}" in line]
+            if rates:
+                axes.plot(values, [of(rate) for rate in rates], "o--", label=name.replace("_", " "))
+        axes.set_xticks(values)
+        axes.set_xlabel(label)
+        axes.set_ylim(bottom=0)
+        axes.legend()
+
+    figure = import_figure()(figsize=(5, 3.5), layout="constrained")
+    axes = figure.subplots()
+    draw(axes, "batch", "pictures at once", lambda rate: rate)
+    axes.set_ylabel("pictures/s")
+    figure.savefig(folder / "growth_batch.png", dpi=120)
+    figure = import_figure()(figsize=(9, 3.5), layout="constrained")
+    grid, depth = figure.subplots(1, 2)
+    draw(grid, "grid", "rows and columns of the grid", lambda rate: 1 / rate)
+    draw(depth, "depth", "codes a position", lambda rate: 1 / rate)
+    grid.set_ylabel("seconds a picture")
+    figure.savefig(folder / "growth_grid_depth.png", dpi=120)
+
+
 def as_markdown(rows: list[dict]) -> str:
     """A table of the rows; figures that only some have come last, by name."""
-    columns = ["section", "what", "unit", "ours", "spread", "reference", "ratio", "share_of_floor"]
+    columns = ["section", "what", "unit", "ours", "spread", "reference", "ratio", "times_floor", "times_packed_floor"]
     columns = [name for name in columns if any(name in line for line in rows)]
     columns += sorted({name for line in rows for name in line} - set(columns))
 
@@ -471,6 +549,8 @@ def main(args: BenchmarkArguments) -> None:
         result = {"machine": machine, "arguments": asdict(args), "rows": rows}
         (folder / "benchmark.json").write_text(json.dumps(result, indent=2) + "\n")
         (folder / "benchmark.md").write_text(f"{as_markdown(rows)}\n")
+        if "growth" in args.sections:
+            plot_growth(rows, folder)
 
 
 if __name__ == "__main__":
