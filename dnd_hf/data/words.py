@@ -116,12 +116,14 @@ def render_word(word: str, rng: np.random.Generator, height: int = 32, width: in
         RGB picture of `width` x `height` pixels.
 
     Raises:
-        ValueError: `word` is blank, or `height` or `width` too small.
+        ValueError: `word` is blank or has more than `width / PITCH` letters, or `height` or `width` is too small.
         ImportError: matplotlib, whose fonts are used, is not installed.
     """
     if not word.strip():
         raise ValueError(f"word is {word!r}; it must have at least one visible character")
     _check_size(height, width)
+    if len(word) > width // PITCH:
+        raise ValueError(f"word has {len(word)} letters; {width} pixels are too narrow for more than {width // PITCH}")
     face, cap_height, baseline, tilt, ink, paper = (
         values[rng.integers(len(values))] for values in (FONT_FACES, CAP_HEIGHTS, BASELINES, TILTS, INKS, PAPERS)
     )

@@ -166,6 +166,12 @@ def test_a_blank_word_is_refused():
         render_word(" ", np.random.default_rng(0))
 
 
+def test_a_word_with_more_letters_than_there_is_room_for_is_refused():
+    assert render_word("W" * 32, np.random.default_rng(0), 32, 64).size == (64, 32)
+    with pytest.raises(ValueError, match="word has 33 letters; 64 pixels are too narrow for more than 32"):
+        render_word("W" * 33, np.random.default_rng(0), 32, 64)
+
+
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     words._font.cache_clear()
