@@ -1,4 +1,6 @@
-"""How generate() runs the layers for one new token a sequence: as they are, or packed for CPUs."""
+"""How generate() runs the layers for one new token a sequence: as they are, static for CUDA graphs, packed for CPUs."""
+
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,9 @@ from .packing import PackedLinear, can_pack
 
 POSITIONS_AT_ONCE = 32
 """By how many positions the cache of a `PackedDecoder` grows."""
+
+POSITIONS_IN_GRAPH = 64
+"""How many positions of a `StaticDecoder` read the same part of the cache, and so share a CUDA graph."""
 
 
 class KeyValueCache:
@@ -40,6 +45,8 @@ class Decoder:
         storage: memory for the keys and values, `(layers, 2, batch, heads, positions, head_dim)`.
     """
 
+    context = nullcontext
+
     def __init__(self, model: nn.Module, storage: Tensor):
         self.layers, self.head = model.layers, model.head
         self.rotary = model.rotary_embeddings(storage.device, storage.dtype)
@@ -52,17 +59,61 @@ class Decoder:
         return dict(position_embeddings=rotary, attention_mask=None, past_key_values=self.cache)
 
 
+class StaticDecoder:
+    """The layers of a model as they are, in operations whose shapes do not change from one position to the next.
+
+    Between positions that are multiples of `POSITIONS_IN_GRAPH` a step can be captured and replayed: the position is
+    read on the device, attention reads the cache up to the next multiple, and a mask hides what is not filled.
+
+    Args:
+        model: a [`DnDForImageGeneration`] with `"sdpa"` or `"eager"` attention.
+        batch: sequences, null ones included.
+        position: `(1,)` int64 on the device of the model: the position of the next token.
+    """
+
+    context = nullcontext
+
+    def __init__(self, model: nn.Module, batch: int, position: Tensor):
+        self.layers, self.head, self.position = model.layers, model.head, position
+        self.rotary = model.rotary_embeddings(model.device, model.dtype)
+        self.storage = torch.zeros(model.cache_shape(batch), dtype=model.dtype, device=model.device)
+        length = model.config.sequence_length
+        future = torch.full([length, length], -torch.inf, dtype=model.dtype, device=model.device)
+        self.masks = future.triu(1)
+
+    def read(self, position: int) -> int:
+        """How much of the cache is read at a position."""
+        return min(position - position % POSITIONS_IN_GRAPH + POSITIONS_IN_GRAPH, len(self.masks))
+
+    def at(self, position: int) -> dict:
+        """What the layers are called with at a position and at all others that read as much of the cache."""
+        self.filled = self.read(position)
+        cos, sin = (table.index_select(1, self.position) for table in self.rotary)
+        mask = self.masks.index_select(0, self.position)[None, None, :, : self.filled]
+        return dict(position_embeddings=(cos, sin), attention_mask=mask, past_key_values=self)
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """As that of [`KeyValueCache`], but returns all that is read."""
+        keys, values = self.storage[layer_idx]
+        keys.index_copy_(2, self.position, key)
+        values.index_copy_(2, self.position, value)
+        return keys.narrow(2, 0, self.filled), values.narrow(2, 0, self.filled)
+
+
 class PackedDecoder:
     """The layers of a model on a CPU in few operations, with copies of the weights in oneDNN's own layout.
 
     A product of few rows takes as long as its weight takes to read, which is fastest in that layout (`torch.compile`
-    packs frozen weights likewise). The cache is contiguous, with transposed keys, since a product would copy it first
-    otherwise: it grows by `POSITIONS_AT_ONCE`, and a mask hides what is not filled.
+    packs frozen weights likewise). The cache is contiguous, since a product would copy it first otherwise: it grows by
+    `POSITIONS_AT_ONCE`, and a mask hides what is not filled.
 
     Args:
         model: a [`DnDForImageGeneration`] whose weights do not change while this is in use.
         batch: sequences, null ones included.
     """
+
+    context = torch.inference_mode
+    """In which steps run: nobody else has the tensors that they make."""
 
     def __init__(self, model: nn.Module, batch: int):
         config = model.config
@@ -103,6 +154,17 @@ def joined(layers: list[nn.Linear], rows: int) -> PackedLinear:
     return PackedLinear(torch.cat([layer.weight for layer in layers]), bias, rows)
 
 
+class FusedNorm:
+    """RMS norm by the kernel that CPUs have for layer norm: over [x, -x], whose mean is zero, the two are the same."""
+
+    def __init__(self, norm: nn.RMSNorm):
+        self.weight, self.eps = norm.weight.repeat(2), norm.eps
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        both = torch.cat([hidden_states, -hidden_states], dim=-1)
+        return F.layer_norm(both, self.weight.shape, self.weight, None, self.eps)[..., : hidden_states.shape[-1]]
+
+
 class PackedLayer:
     """A decoder layer for one token of each of `batch` sequences."""
 
@@ -110,18 +172,17 @@ class PackedLayer:
         attention, mlp = layer.self_attn, layer.mlp
         self.head_dim, self.scaling, self.act_fn = attention.head_dim, attention.scaling, mlp.act_fn
         self.kv_heads = attention.config.num_key_value_heads
-        self.attention_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self.attention_norm, self.mlp_norm = FusedNorm(layer.input_layernorm), FusedNorm(layer.post_attention_layernorm)
         self.qkv_proj = joined([attention.q_proj, attention.k_proj, attention.v_proj], batch)
         self.o_proj = joined([attention.o_proj], batch)
         self.gate_up_proj = joined([mlp.gate_proj, mlp.up_proj], batch)
         self.down_proj = joined([mlp.down_proj], batch)
         weight = attention.o_proj.weight
-        self.keys = weight.new_empty(batch * self.kv_heads, self.head_dim, 0)
-        self.values = weight.new_empty(batch * self.kv_heads, 0, self.head_dim)
+        self.keys = self.values = weight.new_empty(batch * self.kv_heads, 0, self.head_dim)
 
     def grow(self, positions: int) -> None:
         """Makes room for so many more positions in the cache."""
-        self.keys = F.pad(self.keys, (0, positions))
+        self.keys = F.pad(self.keys, (0, 0, 0, positions))
         self.values = F.pad(self.values, (0, 0, 0, positions))
 
     def __call__(self, hidden_states: Tensor, position: int, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
@@ -131,10 +192,10 @@ class PackedLayer:
         turned, value = qkv[:, : -self.kv_heads], qkv[:, -self.kv_heads :]
         turned = torch.addcmul(turned * cos, turned.roll(self.head_dim // 2, -1), sin)
         query, key = turned[:, : -self.kv_heads] * self.scaling, turned[:, -self.kv_heads :]
-        self.keys[..., position] = key.reshape(sequences, -1)
+        self.keys[:, position] = key.reshape(sequences, -1)
         self.values[:, position] = value.reshape(sequences, -1)
         query = query.view(sequences, -1, self.head_dim)  # heads that share keys are the rows of one product
-        scores = (query @ self.keys).add_(mask[: self.keys.shape[-1]])
+        scores = (query @ self.keys.mT).add_(mask[: self.keys.shape[1]])
         attended = (scores.softmax(-1) @ self.values).view_as(hidden_states)
         hidden_states = hidden_states + self.o_proj(attended)
         gate, up = self.gate_up_proj(self.mlp_norm(hidden_states)).chunk(2, -1)

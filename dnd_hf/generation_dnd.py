@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
@@ -15,7 +16,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from .decoding_dnd import Decoder, PackedDecoder
+from .decoding_dnd import Decoder, PackedDecoder, StaticDecoder
 
 
 GUIDANCE_SCHEDULES = ("constant", "linear", "power-cosine")
@@ -39,10 +40,122 @@ def guidance_scales(scale: float, schedule: str, power: float, length: int) -> l
     return [scale] * length
 
 
+class Sampler:
+    """The sampling of a batch of images: what it keeps between grid positions, and the step from one to the next.
+
+    The position is read on the device, so no step waits for it.
+
+    Args:
+        model: a [`DnDForImageGeneration`].
+        batch: images.
+        guided: whether each has a second sequence, of the null class.
+        filters: what changes the logits of each depth before a code is drawn; None: the most likely code is taken.
+        device: of the codes.
+    """
+
+    def __init__(
+        self, model, batch: int, guided: bool, filters: list[LogitsProcessorList] | None, device: torch.device
+    ):
+        config = model.config
+        self.model, self.guided, self.filters, self.rows = model, guided, filters, 2 * batch if guided else batch
+        self.codes_BLD = torch.empty(batch, config.sequence_length, config.code_depth, dtype=torch.int64, device=device)
+        self.noise_BLD = torch.empty(self.codes_BLD.shape, dtype=torch.float64, device=device) if filters else None
+        self.scales_L = torch.empty(config.sequence_length, device=device)
+        self.position = torch.empty(1, dtype=torch.int64, device=device)
+        self.token_BC = None
+        self.decoder = self.make_decoder()
+
+    def make_decoder(self) -> Decoder | PackedDecoder | StaticDecoder:
+        if PackedDecoder.can_run(self.model):
+            return PackedDecoder(self.model, self.rows)
+        return Decoder(self.model, self.model._allocate_cache(self.rows, self.position.device))
+
+    def start(self, class_labels: Tensor, noise_BLD: Tensor | None, scales: list[float]) -> None:
+        """Goes to position 0.
+
+        Args:
+            class_labels: `(images,)`, at most as many as there is room for; what is over samples the first class.
+            noise_BLD: `(images, length, depth)` uniform float64 in [0, 1); None with `filters` None.
+            scales: the guidance scale of each position.
+        """
+        missing = len(self.codes_BLD) - len(class_labels)
+        class_labels = F.pad(class_labels, (0, missing))
+        if self.guided:
+            class_labels = torch.cat([class_labels, torch.full_like(class_labels, self.model.config.num_classes)])
+        token_BC = self.model.embed_classes(class_labels)
+        self.token_BC = token_BC if self.token_BC is None else self.token_BC.copy_(token_BC)
+        if noise_BLD is not None:
+            self.noise_BLD.copy_(F.pad(noise_BLD, (0, 0, 0, 0, 0, missing)))
+        self.scales_L.copy_(torch.tensor(scales))
+        self.codes_BLD.zero_()
+        self.position.zero_()
+
+    def step(self, position: int) -> None:
+        """Samples the codes of a position; positions come in order, from 0."""
+        model, decoder = self.model, self.decoder
+        with decoder.context():
+            model.run_layers(self.token_BC[:, None], self.choose, decoder.layers, **decoder.at(position))
+            token_BC = model.embed_tokens(self.codes_BLD[:, self.position].squeeze(1)).sum(1)
+            self.token_BC.copy_(token_BC.repeat(2, 1) if self.guided else token_BC)
+            self.position += 1
+
+    def choose(self, k: int, hidden_BLC: Tensor) -> Tensor:
+        """The codes `(rows, 1)` of depth k."""
+        logits_BV = self.decoder.head(k)(hidden_BLC[:, -1]).float()
+        if self.guided:
+            conditional, null = logits_BV.chunk(2)
+            logits_BV = torch.addcmul(null, conditional - null, self.scales_L[self.position])
+        if self.filters:
+            codes_B = draw(self.filters[k](None, logits_BV), self.noise_BLD[:, self.position, k].squeeze(1))
+        else:
+            codes_B = logits_BV.argmax(-1)
+        self.codes_BLD[:, self.position, k] = codes_B[:, None]
+        return (codes_B.repeat(2) if self.guided else codes_B)[:, None]
+
+
+class GraphSampler(Sampler):
+    """A sampler whose steps are CUDA graphs: captured once, then each replayed by a single call.
+
+    The first position that reads a new part of the cache runs as it is, and is captured after that.
+    """
+
+    def make_decoder(self) -> StaticDecoder:
+        self.graphs = {}
+        return StaticDecoder(self.model, self.rows, self.position)
+
+    def step(self, position: int) -> None:
+        read = self.decoder.read(position)
+        if read in self.graphs:
+            self.graphs[read]()
+        else:
+            super().step(position)
+            self.graphs[read] = capture(partial(super().step, position))
+
+
+def capture(function: Callable[[], None]) -> Callable[[], None]:
+    """A function that replays as one CUDA graph what `function` does, which is not run here."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+class GraphSamplers(dict):
+    """The graph samplers of a model by their settings; copies of the model begin without any."""
+
+    def __reduce__(self):
+        return GraphSamplers, ()
+
+
 class DnDGenerationMixin(GenerationMixin):
     """Adds `generate`, which replaces that of transformers: several codes a step, from heads between layers."""
 
+    cuda_graphs: bool = False
+    """Set it to True, and `generate` on a CUDA device replays its steps as CUDA graphs. They are captured in the first
+    call with a new batch size (rounded up to a power of two), temperature or filter and kept, cache included."""
+
     _cache_storage: Tensor | None = None
+    _graph_samplers: GraphSamplers | None = None
 
     @torch.no_grad()
     @apply_forward_hook  # offloaded models come to the device for `generate` as they do for `forward`
@@ -119,43 +232,42 @@ class DnDGenerationMixin(GenerationMixin):
         if isinstance(generator, (list, tuple)) and len(generator) != batch:
             raise ValueError(f"`generator` must be one, or a list of one an image ({batch}), got {len(generator)}.")
         device = class_labels.device
+        if self.cuda_graphs and (device.type != "cuda" or config._attn_implementation not in ("sdpa", "eager")):
+            raise ValueError(
+                '`cuda_graphs` must be False except on CUDA devices with "sdpa" or "eager" attention, got'
+                f' {device.type} and "{config._attn_implementation}".'
+            )
         noise_BLD = _uniform((batch, length, depth), generator, device) if do_sample else None
-
         scales = guidance_scales(guidance_scale, guidance_schedule, guidance_power, length)
-        codes_BLD = torch.zeros(batch, length, depth, dtype=torch.int64, device=device)
-        if guided:
-            class_labels = torch.cat([class_labels, torch.full_like(class_labels, config.num_classes)])
-        token_BC = self.embed_classes(class_labels)
-        if PackedDecoder.can_run(self):
-            decoder = PackedDecoder(self, len(class_labels))
-        else:
-            decoder = Decoder(self, self._allocate_cache(len(class_labels), device, token_BC.dtype))
-
-        def choose(position: int, k: int, hidden_BLC: Tensor) -> Tensor:
-            logits_BV = decoder.head(k)(hidden_BLC[:, -1]).float()
-            if guided:
-                conditional, null = logits_BV.chunk(2)
-                logits_BV = null + (conditional - null) * scales[position]
-            if do_sample:
-                codes_B = draw(filters[k](None, logits_BV), noise_BLD[:, position, k])
-            else:
-                codes_B = logits_BV.argmax(-1)
-            codes_BLD[:, position, k] = codes_B
-            return (codes_B.repeat(2) if guided else codes_B)[:, None]
-
         was_training = self.training
         self.eval()
         try:
+            sampler = self._make_sampler(batch, guided, filters if do_sample else None, device)
+            sampler.start(class_labels, noise_BLD, scales)
+            codes = sampler.codes_BLD[:batch].unflatten(1, config.grid_size)
             for position in range(length):
-                chosen = partial(choose, position)
-                self.run_layers(token_BC[:, None], chosen, decoder.layers, **decoder.at(position))
-                token_BC = self.embed_tokens(codes_BLD[:, position]).sum(1)
-                token_BC = token_BC.repeat(2, 1) if guided else token_BC
+                sampler.step(position)
                 if callback is not None:
-                    callback(position, codes_BLD.view(batch, *config.grid_size, depth))
+                    callback(position, codes)
         finally:
             self.train(was_training)
-        return codes_BLD.view(batch, *config.grid_size, depth)
+        return codes.clone() if self.cuda_graphs else codes
+
+    def _make_sampler(
+        self, batch: int, guided: bool, filters: list[LogitsProcessorList] | None, device: torch.device
+    ) -> Sampler:
+        if not self.cuda_graphs:
+            return Sampler(self, batch, guided, filters, device)
+        weights = tuple(weight.data_ptr() for weight in self.parameters())
+        if self._graph_samplers is None or self._graph_samplers.weights != weights:
+            self._graph_samplers = GraphSamplers()
+            self._graph_samplers.weights = weights
+        batch = 2 ** (batch - 1).bit_length()
+        settings = [[(type(one).__name__, *vars(one).values()) for one in processors] for processors in filters or []]
+        key = (batch, guided, filters is None, str(settings), self.config._attn_implementation)
+        if key not in self._graph_samplers:
+            self._graph_samplers[key] = GraphSampler(self, batch, guided, filters, device)
+        return self._graph_samplers[key]
 
     def _check_labels(self, class_labels: Tensor | Sequence[int] | int) -> Tensor:
         labels = torch.as_tensor(class_labels)
@@ -169,20 +281,18 @@ class DnDGenerationMixin(GenerationMixin):
         # Sequentially offloaded weights are on "meta" until a layer runs; the pipeline's labels are where it will run.
         return labels if self.device.type == "meta" else labels.to(self.device)
 
-    def _allocate_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def cache_shape(self, batch: int) -> tuple[int, ...]:
+        """`(layers, 2, batch, heads, positions, head_dim)`: keys and values of the layers that are run."""
         config = self.config
-        shape = (
-            config.prediction_layers[-1] + 1,
-            2,
-            batch,
-            config.num_key_value_heads,
-            config.sequence_length,
-            config.head_dim,
-        )
+        layers = config.prediction_layers[-1] + 1
+        return layers, 2, batch, config.num_key_value_heads, config.sequence_length, config.head_dim
+
+    def _allocate_cache(self, batch: int, device: torch.device) -> Tensor:
         storage = self._cache_storage
-        fits = storage is not None and storage.dtype == dtype and storage.device == device
+        fits = storage is not None and storage.dtype == self.dtype and storage.device == device
         if not fits or storage.shape[2] < batch:
-            storage = self._cache_storage = torch.empty(shape, dtype=dtype, device=device)
+            shape = self.cache_shape(batch)
+            storage = self._cache_storage = torch.empty(shape, dtype=self.dtype, device=device)
         return storage[:, :, :batch]
 
 

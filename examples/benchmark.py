@@ -65,6 +65,7 @@ class BenchmarkArguments:
     torch_compile: bool = HfArg(
         default=False, help="Compile training steps and tokenizers, ours and the official ones."
     )
+    cuda_graphs: bool = HfArg(default=True, help="On GPUs: replay our decoding steps as CUDA graphs.")
     channels_last: bool = HfArg(default=False, help="Memory format of our tokenizer in tokenize.")
     size: Literal["B", "L", "XL", "XXL", "XXXL"] = HfArg(default="B", help="Transformer of decode and train.")
     code_depth: int = HfArg(default=2, help="Codes a position in decode, train and extract.")
@@ -161,18 +162,19 @@ class Reference:
         return official.eval()
 
 
+def timed(function: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call."""
+    synchronize(device)
+    started = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
 def side_by_side(functions: dict[str, Callable[[], Any]], device: torch.device, repeats: int) -> dict[str, list[float]]:
     """Seconds of each function, run in turns `repeats` times, after one turn that does not count."""
-    seconds = {name: [] for name in functions}
-    for turn in range(repeats + 1):
-        for name, function in functions.items():
-            synchronize(device)
-            started = time.perf_counter()
-            function()
-            synchronize(device)
-            if turn:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
+    turns = [{name: timed(function, device) for name, function in functions.items()} for _ in range(repeats + 1)]
+    return {name: [turn[name] for turn in turns[1:]] for name in functions}
 
 
 def extra_memory(function: Callable[[], Any], device: torch.device) -> float:
@@ -289,10 +291,12 @@ def decode(args: BenchmarkArguments, device: torch.device, reference: Reference 
         precisions = (torch.float32, torch.bfloat16) if device.type == "cpu" else (dtype,)
         officials = {precision: reference.transformer(model).to(device, precision) for precision in precisions}
     model.to(dtype)
+    model.cuda_graphs = args.cuda_graphs and device.type == "cuda"
     for batch in args.decode_batch_sizes:
         labels = torch.arange(batch, device=device) % model.config.num_classes
         options = dict(guidance_scale=args.guidance_scale, generator=torch.Generator(device).manual_seed(0))
         functions = {"ours": partial(model.generate, labels, **options)}
+        first = {"first_call_s": timed(functions["ours"], device)}
         guided = 2 if args.guidance_scale != 1 else 1
         functions |= decode_floors(model, guided * batch, args.repeats)
         for precision, official in officials.items():
@@ -305,7 +309,8 @@ def decode(args: BenchmarkArguments, device: torch.device, reference: Reference 
             times = [seconds.pop(str(precision)) for precision in officials]
             seconds["reference"] = min(times, key=median)
         what = f"{args.size}, depth {args.code_depth}, batch {batch}, guidance {args.guidance_scale:g}, {args.dtype}"
-        yield row("decode", what, "images/s", batch, seconds, memory_mb=extra_memory(functions["ours"], device))
+        memory = {"memory_mb": extra_memory(functions["ours"], device)}
+        yield row("decode", what, "images/s", batch, seconds, **memory, **first)
 
 
 def train(args: BenchmarkArguments, device: torch.device, reference: Reference | None) -> Iterator[dict]:

@@ -206,6 +206,7 @@ def test_benchmark_times_every_section_and_knows_its_floor(folder):
     ]  # fmt: skip
     assert all(line["ours"] > 0 and "reference" not in line for line in rows)
     assert rows[0]["times_floor"] > 0 and rows[0]["times_packed_floor"] > 0 and rows[1]["mfu"] > 0
+    assert rows[0]["first_call_s"] > 0
     assert 0 < rows[6]["grey_levels"] < 255
     grown = [(line["against"], line["value"]) for line in rows[-4:]]
     assert grown == [("batch", 2), ("grid", 1), ("grid", 3), ("depth", 4)]

@@ -9,8 +9,9 @@ import torch
 from scipy.stats import chisquare
 from transformers import GenerationConfig
 
+from dnd_hf import generation_dnd
 from dnd_hf.decoding_dnd import Decoder, PackedDecoder
-from dnd_hf.generation_dnd import draw
+from dnd_hf.generation_dnd import GraphSampler, Sampler, _logits_filters, draw
 
 
 MODES = ("dnd", "vertical", "parallel")
@@ -402,10 +403,10 @@ def test_packed_layers_are_as_exact_in_bfloat16_as_the_layers_they_stand_for(mak
             )
         return torch.stack(seen).double()
 
-    exact = read_by_heads(Decoder(model, model._allocate_cache(3, model.device, model.dtype)))
+    exact = read_by_heads(Decoder(model, model._allocate_cache(3, model.device)))
     torch.testing.assert_close(read_by_heads(PackedDecoder(model, 3)), exact, rtol=1e-4, atol=1e-4)
     model.bfloat16()
-    plain = read_by_heads(Decoder(model, model._allocate_cache(3, model.device, model.dtype)))
+    plain = read_by_heads(Decoder(model, model._allocate_cache(3, model.device)))
     packed = read_by_heads(PackedDecoder(model, 3))
     errors = [(decoded - exact).square().mean().sqrt().item() for decoded in (plain, packed)]
     assert 0 < errors[1] < 1.2 * errors[0]
@@ -429,4 +430,51 @@ def test_models_that_somebody_has_changed_are_not_packed(make_model):
         old = model.layers[0].get_submodule(changed)
         model.layers[0].set_submodule(changed, Adapter(old.in_features, old.out_features, bias=False))
         assert not PackedDecoder.can_run(model)
+        model.generate([0])
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_steps_that_are_replayed_sample_what_others_do(sampled, implementation, make_model, monkeypatch):
+    """Everything of `cuda_graphs` but the graphs: in their place the captured function runs again."""
+    captured = []
+    monkeypatch.setattr(generation_dnd, "capture", lambda step: captured.append(step) or step)
+    model = make_model(**LARGER)
+    model.set_attn_implementation(implementation)
+    filters = _logits_filters(0.9, 7, 0.95, 2) if sampled else None
+    sampler = GraphSampler(model, 4, True, filters, torch.device("cpu"))
+    memory = sampler.decoder.storage.data_ptr()
+    for class_labels, seeds in (([0, 3, 1], (5, 6, 7)), ([2, 2], (8, 9))):
+        options = dict(generator=generators(*seeds), temperature=0.9, top_k=7, top_p=0.95) if sampled else {}
+        expected = model.generate(class_labels, guidance_scale=2.0, do_sample=sampled, **options)
+        noise = torch.tensor(uniforms_of(model, *seeds)) if sampled else None
+        with torch.no_grad():
+            sampler.start(torch.tensor(class_labels), noise, [2.0] * 70)
+            for position in range(70):
+                sampler.step(position)
+        assert torch.equal(sampler.codes_BLD[: len(class_labels)].unflatten(1, (7, 10)), expected)
+        assert len(captured) == 2 and sampler.decoder.storage.data_ptr() == memory  # 64 positions, and the other 6
+
+
+def test_a_static_step_asks_the_device_for_nothing(make_model):
+    """torch.compile refuses whole graphs of functions that read a number back, as `.item()` does."""
+    model = make_model(num_key_value_heads=1)
+    sampler = GraphSampler(model, 2, True, _logits_filters(0.9, 7, 0.95, 2), torch.device("cpu"))
+    with torch.no_grad():
+        sampler.start(torch.tensor([0, 1]), torch.rand(2, 6, 2, dtype=torch.float64), [2.0] * 6)
+        step = torch.compile(Sampler.step, backend="eager", fullgraph=True)
+        for _ in range(6):  # the position is the sampler's own
+            step(sampler, 0)
+    expected = sampler.codes_BLD.clone()
+    with torch.no_grad():
+        sampler.start(torch.tensor([0, 1]), sampler.noise_BLD.clone(), [2.0] * 6)
+        for position in range(6):
+            Sampler.step(sampler, position)
+    assert torch.equal(sampler.codes_BLD, expected)
+
+
+def test_cuda_graphs_are_refused_where_there_are_none(make_model):
+    model = make_model()
+    model.cuda_graphs = True
+    with pytest.raises(ValueError, match="`cuda_graphs` must be False except on CUDA devices"):
         model.generate([0])

@@ -212,7 +212,9 @@ else:
             return F.linear(inputs, self.weight, self.bias)
 
 
-    """How generate() runs the layers for one new token a sequence: as they are, or packed for CPUs."""
+    """How generate() runs the layers for one new token a sequence: as they are, static for CUDA graphs, packed for CPUs."""
+
+    from contextlib import nullcontext
 
     import torch
     import torch.nn.functional as F
@@ -222,6 +224,9 @@ else:
 
     POSITIONS_AT_ONCE = 32
     """By how many positions the cache of a `PackedDecoder` grows."""
+
+    POSITIONS_IN_GRAPH = 64
+    """How many positions of a `StaticDecoder` read the same part of the cache, and so share a CUDA graph."""
 
 
     class KeyValueCache:
@@ -253,6 +258,8 @@ else:
             storage: memory for the keys and values, `(layers, 2, batch, heads, positions, head_dim)`.
         """
 
+        context = nullcontext
+
         def __init__(self, model: nn.Module, storage: Tensor):
             self.layers, self.head = model.layers, model.head
             self.rotary = model.rotary_embeddings(storage.device, storage.dtype)
@@ -265,17 +272,61 @@ else:
             return dict(position_embeddings=rotary, attention_mask=None, past_key_values=self.cache)
 
 
+    class StaticDecoder:
+        """The layers of a model as they are, in operations whose shapes do not change from one position to the next.
+
+        Between positions that are multiples of `POSITIONS_IN_GRAPH` a step can be captured and replayed: the position is
+        read on the device, attention reads the cache up to the next multiple, and a mask hides what is not filled.
+
+        Args:
+            model: a [`DnDForImageGeneration`] with `"sdpa"` or `"eager"` attention.
+            batch: sequences, null ones included.
+            position: `(1,)` int64 on the device of the model: the position of the next token.
+        """
+
+        context = nullcontext
+
+        def __init__(self, model: nn.Module, batch: int, position: Tensor):
+            self.layers, self.head, self.position = model.layers, model.head, position
+            self.rotary = model.rotary_embeddings(model.device, model.dtype)
+            self.storage = torch.zeros(model.cache_shape(batch), dtype=model.dtype, device=model.device)
+            length = model.config.sequence_length
+            future = torch.full([length, length], -torch.inf, dtype=model.dtype, device=model.device)
+            self.masks = future.triu(1)
+
+        def read(self, position: int) -> int:
+            """How much of the cache is read at a position."""
+            return min(position - position % POSITIONS_IN_GRAPH + POSITIONS_IN_GRAPH, len(self.masks))
+
+        def at(self, position: int) -> dict:
+            """What the layers are called with at a position and at all others that read as much of the cache."""
+            self.filled = self.read(position)
+            cos, sin = (table.index_select(1, self.position) for table in self.rotary)
+            mask = self.masks.index_select(0, self.position)[None, None, :, : self.filled]
+            return dict(position_embeddings=(cos, sin), attention_mask=mask, past_key_values=self)
+
+        def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+            """As that of [`KeyValueCache`], but returns all that is read."""
+            keys, values = self.storage[layer_idx]
+            keys.index_copy_(2, self.position, key)
+            values.index_copy_(2, self.position, value)
+            return keys.narrow(2, 0, self.filled), values.narrow(2, 0, self.filled)
+
+
     class PackedDecoder:
         """The layers of a model on a CPU in few operations, with copies of the weights in oneDNN's own layout.
 
         A product of few rows takes as long as its weight takes to read, which is fastest in that layout (`torch.compile`
-        packs frozen weights likewise). The cache is contiguous, with transposed keys, since a product would copy it first
-        otherwise: it grows by `POSITIONS_AT_ONCE`, and a mask hides what is not filled.
+        packs frozen weights likewise). The cache is contiguous, since a product would copy it first otherwise: it grows by
+        `POSITIONS_AT_ONCE`, and a mask hides what is not filled.
 
         Args:
             model: a [`DnDForImageGeneration`] whose weights do not change while this is in use.
             batch: sequences, null ones included.
         """
+
+        context = torch.inference_mode
+        """In which steps run: nobody else has the tensors that they make."""
 
         def __init__(self, model: nn.Module, batch: int):
             config = model.config
@@ -316,6 +367,17 @@ else:
         return PackedLinear(torch.cat([layer.weight for layer in layers]), bias, rows)
 
 
+    class FusedNorm:
+        """RMS norm by the kernel that CPUs have for layer norm: over [x, -x], whose mean is zero, the two are the same."""
+
+        def __init__(self, norm: nn.RMSNorm):
+            self.weight, self.eps = norm.weight.repeat(2), norm.eps
+
+        def __call__(self, hidden_states: Tensor) -> Tensor:
+            both = torch.cat([hidden_states, -hidden_states], dim=-1)
+            return F.layer_norm(both, self.weight.shape, self.weight, None, self.eps)[..., : hidden_states.shape[-1]]
+
+
     class PackedLayer:
         """A decoder layer for one token of each of `batch` sequences."""
 
@@ -323,18 +385,17 @@ else:
             attention, mlp = layer.self_attn, layer.mlp
             self.head_dim, self.scaling, self.act_fn = attention.head_dim, attention.scaling, mlp.act_fn
             self.kv_heads = attention.config.num_key_value_heads
-            self.attention_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
+            self.attention_norm, self.mlp_norm = FusedNorm(layer.input_layernorm), FusedNorm(layer.post_attention_layernorm)
             self.qkv_proj = joined([attention.q_proj, attention.k_proj, attention.v_proj], batch)
             self.o_proj = joined([attention.o_proj], batch)
             self.gate_up_proj = joined([mlp.gate_proj, mlp.up_proj], batch)
             self.down_proj = joined([mlp.down_proj], batch)
             weight = attention.o_proj.weight
-            self.keys = weight.new_empty(batch * self.kv_heads, self.head_dim, 0)
-            self.values = weight.new_empty(batch * self.kv_heads, 0, self.head_dim)
+            self.keys = self.values = weight.new_empty(batch * self.kv_heads, 0, self.head_dim)
 
         def grow(self, positions: int) -> None:
             """Makes room for so many more positions in the cache."""
-            self.keys = F.pad(self.keys, (0, positions))
+            self.keys = F.pad(self.keys, (0, 0, 0, positions))
             self.values = F.pad(self.values, (0, 0, 0, positions))
 
         def __call__(self, hidden_states: Tensor, position: int, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
@@ -344,10 +405,10 @@ else:
             turned, value = qkv[:, : -self.kv_heads], qkv[:, -self.kv_heads :]
             turned = torch.addcmul(turned * cos, turned.roll(self.head_dim // 2, -1), sin)
             query, key = turned[:, : -self.kv_heads] * self.scaling, turned[:, -self.kv_heads :]
-            self.keys[..., position] = key.reshape(sequences, -1)
+            self.keys[:, position] = key.reshape(sequences, -1)
             self.values[:, position] = value.reshape(sequences, -1)
             query = query.view(sequences, -1, self.head_dim)  # heads that share keys are the rows of one product
-            scores = (query @ self.keys).add_(mask[: self.keys.shape[-1]])
+            scores = (query @ self.keys.mT).add_(mask[: self.keys.shape[1]])
             attended = (scores.softmax(-1) @ self.values).view_as(hidden_states)
             hidden_states = hidden_states + self.o_proj(attended)
             gate, up = self.gate_up_proj(self.mlp_norm(hidden_states)).chunk(2, -1)
@@ -361,6 +422,7 @@ else:
     from functools import partial
 
     import torch
+    import torch.nn.functional as F
     from diffusers.utils.accelerate_utils import apply_forward_hook
     from torch import Tensor
     from transformers import GenerationConfig, GenerationMixin
@@ -394,10 +456,122 @@ else:
         return [scale] * length
 
 
+    class Sampler:
+        """The sampling of a batch of images: what it keeps between grid positions, and the step from one to the next.
+
+        The position is read on the device, so no step waits for it.
+
+        Args:
+            model: a [`DnDForImageGeneration`].
+            batch: images.
+            guided: whether each has a second sequence, of the null class.
+            filters: what changes the logits of each depth before a code is drawn; None: the most likely code is taken.
+            device: of the codes.
+        """
+
+        def __init__(
+            self, model, batch: int, guided: bool, filters: list[LogitsProcessorList] | None, device: torch.device
+        ):
+            config = model.config
+            self.model, self.guided, self.filters, self.rows = model, guided, filters, 2 * batch if guided else batch
+            self.codes_BLD = torch.empty(batch, config.sequence_length, config.code_depth, dtype=torch.int64, device=device)
+            self.noise_BLD = torch.empty(self.codes_BLD.shape, dtype=torch.float64, device=device) if filters else None
+            self.scales_L = torch.empty(config.sequence_length, device=device)
+            self.position = torch.empty(1, dtype=torch.int64, device=device)
+            self.token_BC = None
+            self.decoder = self.make_decoder()
+
+        def make_decoder(self) -> Decoder | PackedDecoder | StaticDecoder:
+            if PackedDecoder.can_run(self.model):
+                return PackedDecoder(self.model, self.rows)
+            return Decoder(self.model, self.model._allocate_cache(self.rows, self.position.device))
+
+        def start(self, class_labels: Tensor, noise_BLD: Tensor | None, scales: list[float]) -> None:
+            """Goes to position 0.
+
+            Args:
+                class_labels: `(images,)`, at most as many as there is room for; what is over samples the first class.
+                noise_BLD: `(images, length, depth)` uniform float64 in [0, 1); None with `filters` None.
+                scales: the guidance scale of each position.
+            """
+            missing = len(self.codes_BLD) - len(class_labels)
+            class_labels = F.pad(class_labels, (0, missing))
+            if self.guided:
+                class_labels = torch.cat([class_labels, torch.full_like(class_labels, self.model.config.num_classes)])
+            token_BC = self.model.embed_classes(class_labels)
+            self.token_BC = token_BC if self.token_BC is None else self.token_BC.copy_(token_BC)
+            if noise_BLD is not None:
+                self.noise_BLD.copy_(F.pad(noise_BLD, (0, 0, 0, 0, 0, missing)))
+            self.scales_L.copy_(torch.tensor(scales))
+            self.codes_BLD.zero_()
+            self.position.zero_()
+
+        def step(self, position: int) -> None:
+            """Samples the codes of a position; positions come in order, from 0."""
+            model, decoder = self.model, self.decoder
+            with decoder.context():
+                model.run_layers(self.token_BC[:, None], self.choose, decoder.layers, **decoder.at(position))
+                token_BC = model.embed_tokens(self.codes_BLD[:, self.position].squeeze(1)).sum(1)
+                self.token_BC.copy_(token_BC.repeat(2, 1) if self.guided else token_BC)
+                self.position += 1
+
+        def choose(self, k: int, hidden_BLC: Tensor) -> Tensor:
+            """The codes `(rows, 1)` of depth k."""
+            logits_BV = self.decoder.head(k)(hidden_BLC[:, -1]).float()
+            if self.guided:
+                conditional, null = logits_BV.chunk(2)
+                logits_BV = torch.addcmul(null, conditional - null, self.scales_L[self.position])
+            if self.filters:
+                codes_B = draw(self.filters[k](None, logits_BV), self.noise_BLD[:, self.position, k].squeeze(1))
+            else:
+                codes_B = logits_BV.argmax(-1)
+            self.codes_BLD[:, self.position, k] = codes_B[:, None]
+            return (codes_B.repeat(2) if self.guided else codes_B)[:, None]
+
+
+    class GraphSampler(Sampler):
+        """A sampler whose steps are CUDA graphs: captured once, then each replayed by a single call.
+
+        The first position that reads a new part of the cache runs as it is, and is captured after that.
+        """
+
+        def make_decoder(self) -> StaticDecoder:
+            self.graphs = {}
+            return StaticDecoder(self.model, self.rows, self.position)
+
+        def step(self, position: int) -> None:
+            read = self.decoder.read(position)
+            if read in self.graphs:
+                self.graphs[read]()
+            else:
+                super().step(position)
+                self.graphs[read] = capture(partial(super().step, position))
+
+
+    def capture(function: Callable[[], None]) -> Callable[[], None]:
+        """A function that replays as one CUDA graph what `function` does, which is not run here."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+        return graph.replay
+
+
+    class GraphSamplers(dict):
+        """The graph samplers of a model by their settings; copies of the model begin without any."""
+
+        def __reduce__(self):
+            return GraphSamplers, ()
+
+
     class DnDGenerationMixin(GenerationMixin):
         """Adds `generate`, which replaces that of transformers: several codes a step, from heads between layers."""
 
+        cuda_graphs: bool = False
+        """Set it to True, and `generate` on a CUDA device replays its steps as CUDA graphs. They are captured in the first
+        call with a new batch size (rounded up to a power of two), temperature or filter and kept, cache included."""
+
         _cache_storage: Tensor | None = None
+        _graph_samplers: GraphSamplers | None = None
 
         @torch.no_grad()
         @apply_forward_hook  # offloaded models come to the device for `generate` as they do for `forward`
@@ -474,43 +648,42 @@ else:
             if isinstance(generator, (list, tuple)) and len(generator) != batch:
                 raise ValueError(f"`generator` must be one, or a list of one an image ({batch}), got {len(generator)}.")
             device = class_labels.device
+            if self.cuda_graphs and (device.type != "cuda" or config._attn_implementation not in ("sdpa", "eager")):
+                raise ValueError(
+                    '`cuda_graphs` must be False except on CUDA devices with "sdpa" or "eager" attention, got'
+                    f' {device.type} and "{config._attn_implementation}".'
+                )
             noise_BLD = _uniform((batch, length, depth), generator, device) if do_sample else None
-
             scales = guidance_scales(guidance_scale, guidance_schedule, guidance_power, length)
-            codes_BLD = torch.zeros(batch, length, depth, dtype=torch.int64, device=device)
-            if guided:
-                class_labels = torch.cat([class_labels, torch.full_like(class_labels, config.num_classes)])
-            token_BC = self.embed_classes(class_labels)
-            if PackedDecoder.can_run(self):
-                decoder = PackedDecoder(self, len(class_labels))
-            else:
-                decoder = Decoder(self, self._allocate_cache(len(class_labels), device, token_BC.dtype))
-
-            def choose(position: int, k: int, hidden_BLC: Tensor) -> Tensor:
-                logits_BV = decoder.head(k)(hidden_BLC[:, -1]).float()
-                if guided:
-                    conditional, null = logits_BV.chunk(2)
-                    logits_BV = null + (conditional - null) * scales[position]
-                if do_sample:
-                    codes_B = draw(filters[k](None, logits_BV), noise_BLD[:, position, k])
-                else:
-                    codes_B = logits_BV.argmax(-1)
-                codes_BLD[:, position, k] = codes_B
-                return (codes_B.repeat(2) if guided else codes_B)[:, None]
-
             was_training = self.training
             self.eval()
             try:
+                sampler = self._make_sampler(batch, guided, filters if do_sample else None, device)
+                sampler.start(class_labels, noise_BLD, scales)
+                codes = sampler.codes_BLD[:batch].unflatten(1, config.grid_size)
                 for position in range(length):
-                    chosen = partial(choose, position)
-                    self.run_layers(token_BC[:, None], chosen, decoder.layers, **decoder.at(position))
-                    token_BC = self.embed_tokens(codes_BLD[:, position]).sum(1)
-                    token_BC = token_BC.repeat(2, 1) if guided else token_BC
+                    sampler.step(position)
                     if callback is not None:
-                        callback(position, codes_BLD.view(batch, *config.grid_size, depth))
+                        callback(position, codes)
             finally:
                 self.train(was_training)
-            return codes_BLD.view(batch, *config.grid_size, depth)
+            return codes.clone() if self.cuda_graphs else codes
+
+        def _make_sampler(
+            self, batch: int, guided: bool, filters: list[LogitsProcessorList] | None, device: torch.device
+        ) -> Sampler:
+            if not self.cuda_graphs:
+                return Sampler(self, batch, guided, filters, device)
+            weights = tuple(weight.data_ptr() for weight in self.parameters())
+            if self._graph_samplers is None or self._graph_samplers.weights != weights:
+                self._graph_samplers = GraphSamplers()
+                self._graph_samplers.weights = weights
+            batch = 2 ** (batch - 1).bit_length()
+            settings = [[(type(one).__name__, *vars(one).values()) for one in processors] for processors in filters or []]
+            key = (batch, guided, filters is None, str(settings), self.config._attn_implementation)
+            if key not in self._graph_samplers:
+                self._graph_samplers[key] = GraphSampler(self, batch, guided, filters, device)
+            return self._graph_samplers[key]
 
         def _check_labels(self, class_labels: Tensor | Sequence[int] | int) -> Tensor:
             labels = torch.as_tensor(class_labels)
@@ -524,20 +697,18 @@ else:
             # Sequentially offloaded weights are on "meta" until a layer runs; the pipeline's labels are where it will run.
             return labels if self.device.type == "meta" else labels.to(self.device)
 
-        def _allocate_cache(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        def cache_shape(self, batch: int) -> tuple[int, ...]:
+            """`(layers, 2, batch, heads, positions, head_dim)`: keys and values of the layers that are run."""
             config = self.config
-            shape = (
-                config.prediction_layers[-1] + 1,
-                2,
-                batch,
-                config.num_key_value_heads,
-                config.sequence_length,
-                config.head_dim,
-            )
+            layers = config.prediction_layers[-1] + 1
+            return layers, 2, batch, config.num_key_value_heads, config.sequence_length, config.head_dim
+
+        def _allocate_cache(self, batch: int, device: torch.device) -> Tensor:
             storage = self._cache_storage
-            fits = storage is not None and storage.dtype == dtype and storage.device == device
+            fits = storage is not None and storage.dtype == self.dtype and storage.device == device
             if not fits or storage.shape[2] < batch:
-                storage = self._cache_storage = torch.empty(shape, dtype=dtype, device=device)
+                shape = self.cache_shape(batch)
+                storage = self._cache_storage = torch.empty(shape, dtype=self.dtype, device=device)
             return storage[:, :, :batch]
 
 
