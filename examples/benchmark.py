@@ -282,8 +282,13 @@ def make_transformer(args: BenchmarkArguments, device: torch.device, dtype: torc
     return model.to(device, dtype)
 
 
-def decode(args: BenchmarkArguments, device: torch.device, reference: Reference | None) -> Iterator[dict]:
-    """Sampling codes from labels, with guidance; the official code at the better of its two precisions on CPUs."""
+def decode(
+    args: BenchmarkArguments, device: torch.device, reference: Reference | None, more: bool = True
+) -> Iterator[dict]:
+    """Sampling codes from labels, with guidance; the official code at the better of its two precisions on CPUs.
+
+    `more`: also the time of the first call and the memory, which take two calls.
+    """
     dtype = getattr(torch, args.dtype)
     model = make_transformer(args, device, torch.float32)
     officials = {}
@@ -296,7 +301,7 @@ def decode(args: BenchmarkArguments, device: torch.device, reference: Reference 
         labels = torch.arange(batch, device=device) % model.config.num_classes
         options = dict(guidance_scale=args.guidance_scale, generator=torch.Generator(device).manual_seed(0))
         functions = {"ours": partial(model.generate, labels, **options)}
-        first = {"first_call_s": timed(functions["ours"], device)}
+        once = {"first_call_s": timed(functions["ours"], device)} if more else {}
         guided = 2 if args.guidance_scale != 1 else 1
         functions |= decode_floors(model, guided * batch, args.repeats)
         for precision, official in officials.items():
@@ -309,8 +314,9 @@ def decode(args: BenchmarkArguments, device: torch.device, reference: Reference 
             times = [seconds.pop(str(precision)) for precision in officials]
             seconds["reference"] = min(times, key=median)
         what = f"{args.size}, depth {args.code_depth}, batch {batch}, guidance {args.guidance_scale:g}, {args.dtype}"
-        memory = {"memory_mb": extra_memory(functions["ours"], device)}
-        yield row("decode", what, "images/s", batch, seconds, **memory, **first)
+        if more:
+            once["memory_mb"] = extra_memory(functions["ours"], device)
+        yield row("decode", what, "images/s", batch, seconds, **once)
 
 
 def train(args: BenchmarkArguments, device: torch.device, reference: Reference | None) -> Iterator[dict]:
@@ -487,7 +493,7 @@ def growth(args: BenchmarkArguments, device: torch.device, reference: Reference 
     }
     for kind, (values, settings) in sweeps.items():
         for value in values:
-            for line in decode(replace(args, **settings(value)), device, None):
+            for line in decode(replace(args, **settings(value)), device, None, more=False):
                 yield line | {"section": "growth", "against": kind, "value": value}
 
 
