@@ -135,7 +135,9 @@ class PackedDecoder:
         own = (
             vars(part).keys() & {"forward"} or part._forward_hooks or part._forward_pre_hooks for part in parts.values()
         )
-        return all(type(layer) is nn.Linear for layer in linear) and not any(own)
+        norms = [part for name, part in parts.items() if name.endswith("layernorm")]
+        as_built = all(type(layer) is nn.Linear for layer in linear) and all(type(norm) is nn.RMSNorm for norm in norms)
+        return as_built and not any(own)
 
     def at(self, position: int) -> dict:
         """What the layers are called with at a position; positions come in order, from 0."""

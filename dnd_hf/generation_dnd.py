@@ -1,4 +1,4 @@
-"""generate(): the sampling loop of the DnD-Transformer, with cache, guidance and filters."""
+"""generate(): the sampling loop of the DnD-Transformer, with guidance and filters."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -181,7 +181,7 @@ class DnDGenerationMixin(GenerationMixin):
         Args:
             class_labels: `(batch,)` integers in `[0, num_classes)`.
             guidance_scale: logits become `u + (c - u) * guidance_scale`, u those of the null class; 1: no guidance,
-                at half the cost. At least 0.
+                with half as many sequences. At least 0.
             temperature: the logits are divided by it; greater than 0. One value, or one a depth, as the next two.
             top_k: only the k most likely codes may be drawn; 0: all.
             top_p: only the most likely codes that together reach this probability may be drawn; in (0, 1].

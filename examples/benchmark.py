@@ -89,6 +89,15 @@ class BenchmarkArguments:
         for name in ("repeats", "code_depth", "grid_size", "train_batch_size", "quantizer_depth", "extract_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be positive, got {getattr(self, name)}.")
+        for name in (
+            "decode_batch_sizes",
+            "tokenize_batch_sizes",
+            "growth_batch_sizes",
+            "growth_grid_sizes",
+            "growth_depths",
+        ):
+            if not getattr(self, name) or min(getattr(self, name)) < 1:
+                raise ValueError(f"--{name} must be positive numbers, got {getattr(self, name)}.")
         if "growth" in self.sections and self.output_dir:
             import_figure()
         if self.reference is not None and not Path(self.reference, "src", "dnd_transformer").is_dir():

@@ -425,6 +425,9 @@ def test_models_that_somebody_has_changed_are_not_packed(make_model):
     assert PackedDecoder.can_run(model)
     model.layers[2].mlp.forward = model.layers[2].mlp.forward  # as the offloading hooks of accelerate do
     assert not PackedDecoder.can_run(model)
+    model = make_model()
+    model.layers[1].input_layernorm = torch.nn.LayerNorm(16)
+    assert not PackedDecoder.can_run(model)
     for changed in ("self_attn.q_proj", "mlp.down_proj"):
         model = make_model()
         old = model.layers[0].get_submodule(changed)

@@ -348,7 +348,9 @@ else:
             own = (
                 vars(part).keys() & {"forward"} or part._forward_hooks or part._forward_pre_hooks for part in parts.values()
             )
-            return all(type(layer) is nn.Linear for layer in linear) and not any(own)
+            norms = [part for name, part in parts.items() if name.endswith("layernorm")]
+            as_built = all(type(layer) is nn.Linear for layer in linear) and all(type(norm) is nn.RMSNorm for norm in norms)
+            return as_built and not any(own)
 
         def at(self, position: int) -> dict:
             """What the layers are called with at a position; positions come in order, from 0."""
@@ -415,7 +417,7 @@ else:
             return hidden_states + self.down_proj(self.act_fn(gate) * up)
 
 
-    """generate(): the sampling loop of the DnD-Transformer, with cache, guidance and filters."""
+    """generate(): the sampling loop of the DnD-Transformer, with guidance and filters."""
 
     import math
     from collections.abc import Callable, Sequence
@@ -597,7 +599,7 @@ else:
             Args:
                 class_labels: `(batch,)` integers in `[0, num_classes)`.
                 guidance_scale: logits become `u + (c - u) * guidance_scale`, u those of the null class; 1: no guidance,
-                    at half the cost. At least 0.
+                    with half as many sequences. At least 0.
                 temperature: the logits are divided by it; greater than 0. One value, or one a depth, as the next two.
                 top_k: only the k most likely codes may be drawn; 0: all.
                 top_p: only the most likely codes that together reach this probability may be drawn; in (0, 1].
