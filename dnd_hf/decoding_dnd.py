@@ -1,6 +1,7 @@
 """How generate() runs the layers for one new token a sequence: as they are, static for CUDA graphs, packed for CPUs."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,24 +18,22 @@ POSITIONS_IN_GRAPH = 64
 
 
 class KeyValueCache:
-    """Keys and values, to which attention layers of transformers add one token at a time with `update`.
+    """Keys and values of one layer, to which its attention adds one token at a time with `update`.
 
-    They get views of what is filled, so nothing is copied and no mask is needed.
+    The layer gets views of what is filled, so nothing is copied and no mask is needed.
 
     Args:
-        storage: `(layers, 2, batch, heads, positions, head_dim)`.
+        keys, values: memory for them, `(batch, heads, positions, head_dim)`.
     """
 
-    def __init__(self, storage: Tensor):
-        self.layers = [layer.unbind() for layer in storage]
-        self.position = 0
+    def __init__(self, keys: Tensor, values: Tensor):
+        self.keys, self.values, self.position = keys, values, 0
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Writes a `(batch, heads, 1, head_dim)` key and value at `position`; returns all up to there."""
-        keys, values = self.layers[layer_idx]
-        keys.narrow(2, self.position, 1).copy_(key)
-        values.narrow(2, self.position, 1).copy_(value)
-        return keys.narrow(2, 0, self.position + 1), values.narrow(2, 0, self.position + 1)
+        self.keys.narrow(2, self.position, 1).copy_(key)
+        self.values.narrow(2, self.position, 1).copy_(value)
+        return self.keys.narrow(2, 0, self.position + 1), self.values.narrow(2, 0, self.position + 1)
 
 
 class Decoder:
@@ -48,15 +47,34 @@ class Decoder:
     context = nullcontext
 
     def __init__(self, model: nn.Module, storage: Tensor):
-        self.layers, self.head = model.layers, model.head
+        self.head = model.head
         self.rotary = model.rotary_embeddings(storage.device, storage.dtype)
-        self.cache = KeyValueCache(storage)
+        self.caches = [KeyValueCache(*layer) for layer in storage]
+        self.layers = [partial(layer, past_key_values=cache) for layer, cache in zip(model.layers, self.caches)]
 
     def at(self, position: int) -> dict:
         """What the layers are called with at a position; positions come in order, from 0."""
-        self.cache.position = position
-        rotary = tuple(table[:, position, None] for table in self.rotary)
-        return dict(position_embeddings=rotary, attention_mask=None, past_key_values=self.cache)
+        for cache in self.caches:
+            cache.position = position
+        return dict(position_embeddings=tuple(table[:, position, None] for table in self.rotary), attention_mask=None)
+
+
+class StaticCache:
+    """Keys and values of one layer, of which `update` always returns the same part.
+
+    Args:
+        keys, values: memory for them, `(batch, heads, positions, head_dim)`.
+        position: `(1,)` int64: where the next token is written.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, position: Tensor):
+        self.keys, self.values, self.position, self.filled = keys, values, position, 0
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Writes a `(batch, heads, 1, head_dim)` key and value at `position`; returns the first `filled` of all."""
+        self.keys.index_copy_(2, self.position, key)
+        self.values.index_copy_(2, self.position, value)
+        return self.keys.narrow(2, 0, self.filled), self.values.narrow(2, 0, self.filled)
 
 
 class StaticDecoder:
@@ -74,9 +92,11 @@ class StaticDecoder:
     context = nullcontext
 
     def __init__(self, model: nn.Module, batch: int, position: Tensor):
-        self.layers, self.head, self.position = model.layers, model.head, position
+        self.head, self.position = model.head, position
         self.rotary = model.rotary_embeddings(model.device, model.dtype)
         self.storage = torch.zeros(model.cache_shape(batch), dtype=model.dtype, device=model.device)
+        self.caches = [StaticCache(*layer, position) for layer in self.storage]
+        self.layers = [partial(layer, past_key_values=cache) for layer, cache in zip(model.layers, self.caches)]
         length = model.config.sequence_length
         future = torch.full([length, length], -torch.inf, dtype=model.dtype, device=model.device)
         self.masks = future.triu(1)
@@ -87,17 +107,12 @@ class StaticDecoder:
 
     def at(self, position: int) -> dict:
         """What the layers are called with at a position and at all others that read as much of the cache."""
-        self.filled = self.read(position)
-        cos, sin = (table.index_select(1, self.position) for table in self.rotary)
-        mask = self.masks.index_select(0, self.position)[None, None, :, : self.filled]
-        return dict(position_embeddings=(cos, sin), attention_mask=mask, past_key_values=self)
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """As that of [`KeyValueCache`], but returns all that is read."""
-        keys, values = self.storage[layer_idx]
-        keys.index_copy_(2, self.position, key)
-        values.index_copy_(2, self.position, value)
-        return keys.narrow(2, 0, self.filled), values.narrow(2, 0, self.filled)
+        filled = self.read(position)
+        for cache in self.caches:
+            cache.filled = filled
+        rotary = tuple(table.index_select(1, self.position) for table in self.rotary)
+        mask = self.masks.index_select(0, self.position)[None, None, :, :filled]
+        return dict(position_embeddings=rotary, attention_mask=mask)
 
 
 class PackedDecoder:

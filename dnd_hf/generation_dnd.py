@@ -1,7 +1,7 @@
 """generate(): the sampling loop of the DnD-Transformer, with guidance and filters."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -126,18 +126,18 @@ class GraphSampler(Sampler):
     def step(self, position: int) -> None:
         read = self.decoder.read(position)
         if read in self.graphs:
-            self.graphs[read]()
+            self.graphs[read].replay()
         else:
             super().step(position)
-            self.graphs[read] = capture(partial(super().step, position))
+            self.graphs[read] = capture(partial(super().step, position), self.graphs.values())
 
 
-def capture(function: Callable[[], None]) -> Callable[[], None]:
-    """A function that replays as one CUDA graph what `function` does, which is not run here."""
+def capture(function: Callable[[], None], others: Iterable[torch.cuda.CUDAGraph]) -> torch.cuda.CUDAGraph:
+    """A graph of what `function` does, which is not run here, in the memory of others, never replayed at a time."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=next((other.pool() for other in others), None)):
         function()
-    return graph.replay
+    return graph
 
 
 class GraphSamplers(dict):

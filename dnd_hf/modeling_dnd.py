@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from diffusers import ModelMixin
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, initialization
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -57,7 +57,7 @@ class DnDDecoderLayer(LlamaDecoderLayer):
     """A LLaMA block with dropout and stochastic depth on both residual branches."""
 
     def __init__(self, config: DnDConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
+        super().__init__(config, layer_idx=0)  # one number for all, since a compiled layer serves only its own number
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.residual_dropout = nn.Dropout(config.residual_dropout)
@@ -92,6 +92,7 @@ class DnDForImageGeneration(DnDGenerationMixin, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _repeated_blocks = ["DnDDecoderLayer"]
 
     def __init__(self, config: DnDConfig):
         super().__init__(config)
@@ -182,6 +183,12 @@ class DnDForImageGeneration(DnDGenerationMixin, PreTrainedModel):
         output = DnDOutput(loss=loss, depth_losses=depth_losses, logits=logits)
         return output.to_tuple() if return_dict is False else output
 
+    def compile_repeated_blocks(self, *args, **kwargs) -> None:
+        """Compiles the layers alone, once for all of them, for training and `generate` (on CUDA devices also with
+        `cuda_graphs`); the name and the arguments, those of `torch.compile`, are diffusers'."""
+        ModelMixin.compile_repeated_blocks(self, *args, **kwargs)
+        self._graph_samplers = None  # their graphs are of the layers as they were
+
     def head(self, k: int) -> nn.Linear:
         """The linear part of the head of depth k."""
         return self.heads[0 if self.config.tie_prediction_heads else k]
@@ -227,8 +234,7 @@ class DnDForImageGeneration(DnDGenerationMixin, PreTrainedModel):
 def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of `hidden @ weight.T`, in nats and summed over the rows, in little memory.
 
-    On CUDA, where Liger is installed, its fused kernel; elsewhere piece by piece, each piece computed a second time in
-    the backward pass, so that at most `LOGITS_AT_ONCE` logits exist at a time.
+    On CUDA, where Liger is installed, its fused kernel; elsewhere [`LinearCrossEntropy`].
 
     Args:
         hidden: `(rows, hidden_size)`.
@@ -242,10 +248,43 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         return LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, targets)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if not torch.is_grad_enabled():
+        weight = weight.detach()
+    return LinearCrossEntropy.apply(hidden, weight, targets)
 
-    def piece(rows: Tensor, goals: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(rows, weight).float(), goals, reduction="sum")
 
-    size = max(1, LOGITS_AT_ONCE // len(weight))
-    pieces = zip(hidden.split(size), targets.split(size))
-    return torch.stack([checkpoint(piece, rows, goals, use_reentrant=False) for rows, goals in pieces]).sum()
+class LinearCrossEntropy(torch.autograd.Function):
+    """[`summed_cross_entropy`] in pieces, so that at most `LOGITS_AT_ONCE` logits exist at a time.
+
+    The gradients are made from the logits as soon as these are there, as in Liger's kernel (arXiv 2410.10989, Section
+    3.2), so nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        of_hidden, of_weight = [], None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        size = max(1, LOGITS_AT_ONCE // len(weight))
+        for rows, goals in zip(hidden.split(size), targets.split(size)):
+            log_probs = F.linear(rows, weight).float().log_softmax(-1)
+            total += F.nll_loss(log_probs, goals, reduction="sum")
+            if not any(ctx.needs_input_grad):
+                continue
+            counted = (goals != -100).to(rows.dtype)[:, None]
+            goals = goals.clamp(min=0)[:, None]
+            errors = log_probs.exp_().scatter_add_(1, goals, log_probs.new_full(goals.shape, -1)).to(rows.dtype)
+            if ctx.needs_input_grad[0]:
+                of_hidden.append(errors @ weight * counted)
+            if ctx.needs_input_grad[1]:
+                of_piece = errors.T @ (rows * counted)
+                of_weight = of_piece if of_weight is None else of_weight.float().add_(of_piece)
+        ctx.save_for_backward(torch.cat(of_hidden) if of_hidden else None, of_weight)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale: Tensor) -> tuple[Tensor | None, ...]:
+        return *(None if gradient is None else gradient * scale for gradient in ctx.saved_tensors), None

@@ -63,7 +63,8 @@ class BenchmarkArguments:
     device: str | None = HfArg(default=None, help="Default: a GPU where there is one.")
     dtype: Literal["float32", "bfloat16"] = HfArg(default="bfloat16", help="Of decoding and training.")
     torch_compile: bool = HfArg(
-        default=False, help="Compile training steps and tokenizers, ours and the official ones."
+        default=False,
+        help="Compile training steps and tokenizers, ours and the official ones, and our layers in decoding.",
     )
     cuda_graphs: bool = HfArg(default=True, help="On GPUs: replay our decoding steps as CUDA graphs.")
     channels_last: bool = HfArg(default=False, help="Memory format of our tokenizer in tokenize.")
@@ -306,6 +307,8 @@ def decode(
         officials = {precision: reference.transformer(model).to(device, precision) for precision in precisions}
     model.to(dtype)
     model.cuda_graphs = args.cuda_graphs and device.type == "cuda"
+    if args.torch_compile:
+        model.compile_repeated_blocks()
     for batch in args.decode_batch_sizes:
         labels = torch.arange(batch, device=device) % model.config.num_classes
         options = dict(guidance_scale=args.guidance_scale, generator=torch.Generator(device).manual_seed(0))

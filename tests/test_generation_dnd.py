@@ -2,11 +2,13 @@
 
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
+from torch._dynamo.testing import CompileCounter
 from transformers import GenerationConfig
 
 from dnd_hf import generation_dnd
@@ -441,7 +443,12 @@ def test_models_that_somebody_has_changed_are_not_packed(make_model):
 def test_steps_that_are_replayed_sample_what_others_do(sampled, implementation, make_model, monkeypatch):
     """Everything of `cuda_graphs` but the graphs: in their place the captured function runs again."""
     captured = []
-    monkeypatch.setattr(generation_dnd, "capture", lambda step: captured.append(step) or step)
+
+    def capture(step, others):
+        captured.append(step)
+        return SimpleNamespace(replay=step)
+
+    monkeypatch.setattr(generation_dnd, "capture", capture)
     model = make_model(**LARGER)
     model.set_attn_implementation(implementation)
     filters = _logits_filters(0.9, 7, 0.95, 2) if sampled else None
@@ -474,6 +481,31 @@ def test_a_static_step_asks_the_device_for_nothing(make_model):
         for position in range(6):
             Sampler.step(sampler, position)
     assert torch.equal(sampler.codes_BLD, expected)
+
+
+def test_layers_compile_once_for_all_of_them(make_model, plain, monkeypatch):
+    """Twice in fact: PyTorch takes the first position for a constant, and for a variable when it sees the second."""
+    monkeypatch.setattr(generation_dnd, "capture", lambda step, others: SimpleNamespace(replay=step))
+    model = make_model(**LARGER, num_hidden_layers=12, prediction_layers=[4, 11])
+    expected = model.generate([0, 1], do_sample=False)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    model.compile_repeated_blocks(backend=counter, fullgraph=True)
+    assert torch.equal(model.generate([0, 1], do_sample=False), expected)
+    assert counter.frame_count == 2
+
+    torch._dynamo.reset()
+    sampler = GraphSampler(model, 2, True, None, torch.device("cpu"))
+    with torch.no_grad():
+        sampler.start(torch.tensor([0, 1]), None, [2.0] * 70)
+        for position in range(70):
+            sampler.step(position)
+    assert torch.equal(sampler.codes_BLD.view_as(expected), expected)
+    assert counter.frame_count == 4
+
+    torch._dynamo.reset()
+    model(torch.tensor([0, 1]), expected, labels=expected).loss.backward()
+    assert counter.frame_count == 5
 
 
 def test_cuda_graphs_are_refused_where_there_are_none(make_model):

@@ -215,6 +215,7 @@ else:
     """How generate() runs the layers for one new token a sequence: as they are, static for CUDA graphs, packed for CPUs."""
 
     from contextlib import nullcontext
+    from functools import partial
 
     import torch
     import torch.nn.functional as F
@@ -230,24 +231,22 @@ else:
 
 
     class KeyValueCache:
-        """Keys and values, to which attention layers of transformers add one token at a time with `update`.
+        """Keys and values of one layer, to which its attention adds one token at a time with `update`.
 
-        They get views of what is filled, so nothing is copied and no mask is needed.
+        The layer gets views of what is filled, so nothing is copied and no mask is needed.
 
         Args:
-            storage: `(layers, 2, batch, heads, positions, head_dim)`.
+            keys, values: memory for them, `(batch, heads, positions, head_dim)`.
         """
 
-        def __init__(self, storage: Tensor):
-            self.layers = [layer.unbind() for layer in storage]
-            self.position = 0
+        def __init__(self, keys: Tensor, values: Tensor):
+            self.keys, self.values, self.position = keys, values, 0
 
         def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
             """Writes a `(batch, heads, 1, head_dim)` key and value at `position`; returns all up to there."""
-            keys, values = self.layers[layer_idx]
-            keys.narrow(2, self.position, 1).copy_(key)
-            values.narrow(2, self.position, 1).copy_(value)
-            return keys.narrow(2, 0, self.position + 1), values.narrow(2, 0, self.position + 1)
+            self.keys.narrow(2, self.position, 1).copy_(key)
+            self.values.narrow(2, self.position, 1).copy_(value)
+            return self.keys.narrow(2, 0, self.position + 1), self.values.narrow(2, 0, self.position + 1)
 
 
     class Decoder:
@@ -261,15 +260,34 @@ else:
         context = nullcontext
 
         def __init__(self, model: nn.Module, storage: Tensor):
-            self.layers, self.head = model.layers, model.head
+            self.head = model.head
             self.rotary = model.rotary_embeddings(storage.device, storage.dtype)
-            self.cache = KeyValueCache(storage)
+            self.caches = [KeyValueCache(*layer) for layer in storage]
+            self.layers = [partial(layer, past_key_values=cache) for layer, cache in zip(model.layers, self.caches)]
 
         def at(self, position: int) -> dict:
             """What the layers are called with at a position; positions come in order, from 0."""
-            self.cache.position = position
-            rotary = tuple(table[:, position, None] for table in self.rotary)
-            return dict(position_embeddings=rotary, attention_mask=None, past_key_values=self.cache)
+            for cache in self.caches:
+                cache.position = position
+            return dict(position_embeddings=tuple(table[:, position, None] for table in self.rotary), attention_mask=None)
+
+
+    class StaticCache:
+        """Keys and values of one layer, of which `update` always returns the same part.
+
+        Args:
+            keys, values: memory for them, `(batch, heads, positions, head_dim)`.
+            position: `(1,)` int64: where the next token is written.
+        """
+
+        def __init__(self, keys: Tensor, values: Tensor, position: Tensor):
+            self.keys, self.values, self.position, self.filled = keys, values, position, 0
+
+        def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+            """Writes a `(batch, heads, 1, head_dim)` key and value at `position`; returns the first `filled` of all."""
+            self.keys.index_copy_(2, self.position, key)
+            self.values.index_copy_(2, self.position, value)
+            return self.keys.narrow(2, 0, self.filled), self.values.narrow(2, 0, self.filled)
 
 
     class StaticDecoder:
@@ -287,9 +305,11 @@ else:
         context = nullcontext
 
         def __init__(self, model: nn.Module, batch: int, position: Tensor):
-            self.layers, self.head, self.position = model.layers, model.head, position
+            self.head, self.position = model.head, position
             self.rotary = model.rotary_embeddings(model.device, model.dtype)
             self.storage = torch.zeros(model.cache_shape(batch), dtype=model.dtype, device=model.device)
+            self.caches = [StaticCache(*layer, position) for layer in self.storage]
+            self.layers = [partial(layer, past_key_values=cache) for layer, cache in zip(model.layers, self.caches)]
             length = model.config.sequence_length
             future = torch.full([length, length], -torch.inf, dtype=model.dtype, device=model.device)
             self.masks = future.triu(1)
@@ -300,17 +320,12 @@ else:
 
         def at(self, position: int) -> dict:
             """What the layers are called with at a position and at all others that read as much of the cache."""
-            self.filled = self.read(position)
-            cos, sin = (table.index_select(1, self.position) for table in self.rotary)
-            mask = self.masks.index_select(0, self.position)[None, None, :, : self.filled]
-            return dict(position_embeddings=(cos, sin), attention_mask=mask, past_key_values=self)
-
-        def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-            """As that of [`KeyValueCache`], but returns all that is read."""
-            keys, values = self.storage[layer_idx]
-            keys.index_copy_(2, self.position, key)
-            values.index_copy_(2, self.position, value)
-            return keys.narrow(2, 0, self.filled), values.narrow(2, 0, self.filled)
+            filled = self.read(position)
+            for cache in self.caches:
+                cache.filled = filled
+            rotary = tuple(table.index_select(1, self.position) for table in self.rotary)
+            mask = self.masks.index_select(0, self.position)[None, None, :, :filled]
+            return dict(position_embeddings=rotary, attention_mask=mask)
 
 
     class PackedDecoder:
@@ -420,7 +435,7 @@ else:
     """generate(): the sampling loop of the DnD-Transformer, with guidance and filters."""
 
     import math
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from functools import partial
 
     import torch
@@ -544,18 +559,18 @@ else:
         def step(self, position: int) -> None:
             read = self.decoder.read(position)
             if read in self.graphs:
-                self.graphs[read]()
+                self.graphs[read].replay()
             else:
                 super().step(position)
-                self.graphs[read] = capture(partial(super().step, position))
+                self.graphs[read] = capture(partial(super().step, position), self.graphs.values())
 
 
-    def capture(function: Callable[[], None]) -> Callable[[], None]:
-        """A function that replays as one CUDA graph what `function` does, which is not run here."""
+    def capture(function: Callable[[], None], others: Iterable[torch.cuda.CUDAGraph]) -> torch.cuda.CUDAGraph:
+        """A graph of what `function` does, which is not run here, in the memory of others, never replayed at a time."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=next((other.pool() for other in others), None)):
             function()
-        return graph.replay
+        return graph
 
 
     class GraphSamplers(dict):
@@ -784,8 +799,8 @@ else:
 
     import torch
     import torch.nn.functional as F
+    from diffusers import ModelMixin
     from torch import Tensor, nn
-    from torch.utils.checkpoint import checkpoint
     from transformers import PreTrainedModel, initialization
     from transformers.masking_utils import create_causal_mask
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -831,7 +846,7 @@ else:
         """A LLaMA block with dropout and stochastic depth on both residual branches."""
 
         def __init__(self, config: DnDConfig, layer_idx: int):
-            super().__init__(config, layer_idx)
+            super().__init__(config, layer_idx=0)  # one number for all, since a compiled layer serves only its own number
             self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             self.residual_dropout = nn.Dropout(config.residual_dropout)
@@ -866,6 +881,7 @@ else:
         _supports_flex_attn = True
         _supports_attention_backend = True
         _can_compile_fullgraph = True
+        _repeated_blocks = ["DnDDecoderLayer"]
 
         def __init__(self, config: DnDConfig):
             super().__init__(config)
@@ -956,6 +972,12 @@ else:
             output = DnDOutput(loss=loss, depth_losses=depth_losses, logits=logits)
             return output.to_tuple() if return_dict is False else output
 
+        def compile_repeated_blocks(self, *args, **kwargs) -> None:
+            """Compiles the layers alone, once for all of them, for training and `generate` (on CUDA devices also with
+            `cuda_graphs`); the name and the arguments, those of `torch.compile`, are diffusers'."""
+            ModelMixin.compile_repeated_blocks(self, *args, **kwargs)
+            self._graph_samplers = None  # their graphs are of the layers as they were
+
         def head(self, k: int) -> nn.Linear:
             """The linear part of the head of depth k."""
             return self.heads[0 if self.config.tie_prediction_heads else k]
@@ -1001,8 +1023,7 @@ else:
     def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of `hidden @ weight.T`, in nats and summed over the rows, in little memory.
 
-        On CUDA, where Liger is installed, its fused kernel; elsewhere piece by piece, each piece computed a second time in
-        the backward pass, so that at most `LOGITS_AT_ONCE` logits exist at a time.
+        On CUDA, where Liger is installed, its fused kernel; elsewhere [`LinearCrossEntropy`].
 
         Args:
             hidden: `(rows, hidden_size)`.
@@ -1016,10 +1037,43 @@ else:
             from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
             return LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, targets)
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        if not torch.is_grad_enabled():
+            weight = weight.detach()
+        return LinearCrossEntropy.apply(hidden, weight, targets)
 
-        def piece(rows: Tensor, goals: Tensor) -> Tensor:
-            return F.cross_entropy(F.linear(rows, weight).float(), goals, reduction="sum")
 
-        size = max(1, LOGITS_AT_ONCE // len(weight))
-        pieces = zip(hidden.split(size), targets.split(size))
-        return torch.stack([checkpoint(piece, rows, goals, use_reentrant=False) for rows, goals in pieces]).sum()
+    class LinearCrossEntropy(torch.autograd.Function):
+        """[`summed_cross_entropy`] in pieces, so that at most `LOGITS_AT_ONCE` logits exist at a time.
+
+        The gradients are made from the logits as soon as these are there, as in Liger's kernel (arXiv 2410.10989, Section
+        3.2), so nothing is computed twice.
+        """
+
+        @staticmethod
+        def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+            of_hidden, of_weight = [], None
+            total = hidden.new_zeros((), dtype=torch.float32)
+            size = max(1, LOGITS_AT_ONCE // len(weight))
+            for rows, goals in zip(hidden.split(size), targets.split(size)):
+                log_probs = F.linear(rows, weight).float().log_softmax(-1)
+                total += F.nll_loss(log_probs, goals, reduction="sum")
+                if not any(ctx.needs_input_grad):
+                    continue
+                counted = (goals != -100).to(rows.dtype)[:, None]
+                goals = goals.clamp(min=0)[:, None]
+                errors = log_probs.exp_().scatter_add_(1, goals, log_probs.new_full(goals.shape, -1)).to(rows.dtype)
+                if ctx.needs_input_grad[0]:
+                    of_hidden.append(errors @ weight * counted)
+                if ctx.needs_input_grad[1]:
+                    of_piece = errors.T @ (rows * counted)
+                    of_weight = of_piece if of_weight is None else of_weight.float().add_(of_piece)
+            ctx.save_for_backward(torch.cat(of_hidden) if of_hidden else None, of_weight)
+            return total
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, scale: Tensor) -> tuple[Tensor | None, ...]:
+            return *(None if gradient is None else gradient * scale for gradient in ctx.saved_tensors), None
