@@ -412,8 +412,8 @@ else:
 
         def grow(self, positions: int) -> None:
             """Makes room for so many more positions in the cache."""
-            self.keys = F.pad(self.keys, (0, 0, 0, positions))
-            self.values = F.pad(self.values, (0, 0, 0, positions))
+            room = self.keys.new_zeros(len(self.keys), positions, self.head_dim)
+            self.keys, self.values = (torch.cat([filled, room], dim=1) for filled in (self.keys, self.values))
 
         def __call__(self, hidden_states: Tensor, position: int, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
             """`(batch, 1, hidden_size)` to the same; cosines and sines `(1, head_dim)`, mask `(sequence_length,)`."""

@@ -431,6 +431,9 @@ else:
             self.decoder = Decoder(latent_channels, out_channels, up_block_types, **sizes)
 
             self.apply(_initialize)
+            for module in self.modules():
+                if isinstance(module, nn.SiLU):
+                    module.inplace = True  # of a norm's output, which nothing else reads
 
             self.stride = 2 ** (levels - 1)
             self.code_stride = tuple(self.stride * cells for cells in code_patch_size)
