@@ -244,7 +244,7 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     Returns:
         Scalar, float32.
     """
-    if hidden.is_cuda and is_liger_kernel_available():
+    if _liger_runs(hidden):
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         return LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, targets)
@@ -254,6 +254,10 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     if not torch.is_grad_enabled():
         weight = weight.detach()
     return LinearCrossEntropy.apply(hidden, weight, targets)
+
+
+def _liger_runs(hidden: Tensor) -> bool:
+    return hidden.is_cuda and is_liger_kernel_available()
 
 
 class LinearCrossEntropy(torch.autograd.Function):

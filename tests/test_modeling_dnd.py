@@ -1,6 +1,11 @@
 """Proves the transformer against a second implementation of the paper's forward pass, its causal order and its loss."""
 
+import importlib.util
 import math
+import os
+import subprocess
+import sys
+from textwrap import dedent
 
 import pytest
 import torch
@@ -10,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Trainer, TrainingArguments
+from transformers.utils import is_liger_kernel_available
 
 from dnd_hf import DnDForImageGeneration, modeling_dnd
 from dnd_hf.modeling_dnd import DropPath, summed_cross_entropy
@@ -251,6 +257,39 @@ def test_the_cross_entropy_in_pieces_is_that_of_pytorch(precision, trained, monk
             assert (one.grad is not None) == needed
             if needed:
                 assert (one.grad - times * other.grad).abs().max() <= tolerance * times * other.grad.abs().max()
+
+
+@pytest.mark.skipif(
+    not (is_liger_kernel_available() and importlib.util.find_spec("triton")), reason="needs liger-kernel and triton"
+)
+def test_the_cross_entropy_of_liger_is_that_of_pytorch():
+    """In a process whose Triton interprets the kernel, on the CPU."""
+    program = """
+        import torch
+        import torch.nn.functional as F
+        from dnd_hf import modeling_dnd
+
+        modeling_dnd._liger_runs = lambda hidden: True
+        torch.manual_seed(0)
+        hidden, weight = torch.randn(70, 64), torch.randn(300, 64) / 8
+        targets = torch.randint(300, (70,)).masked_fill(torch.arange(70) % 5 == 0, -100)
+        results = []
+        for dtype, loss_of in (
+            (torch.float64, lambda rows, matrix: F.cross_entropy(rows @ matrix.T, targets, reduction="sum")),
+            (torch.float32, lambda rows, matrix: modeling_dnd.summed_cross_entropy(rows, matrix, targets)),
+        ):
+            inputs = [value.to(dtype, copy=True).requires_grad_() for value in (hidden, weight)]
+            loss = loss_of(*inputs)
+            loss.backward()
+            results.append((loss.detach(), *(value.grad for value in inputs)))
+        for exact, fused in zip(*results):
+            assert (fused - exact).abs().max() <= 1e-5 * exact.abs().max(), (fused, exact)
+        print(type(loss.grad_fn).__name__)
+    """
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    ran = subprocess.run([sys.executable, "-c", dedent(program)], capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == "LigerFusedLinearCrossEntropyFunctionBackward"
 
 
 def test_a_loss_that_no_code_counts_in_is_zero():

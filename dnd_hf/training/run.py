@@ -261,6 +261,10 @@ class TrainingRun:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": np.asarray(Image.open(path))[None]}, step, **layout)
+            elif tracker.name == "trackio":  # to which Accelerate passes numbers only
+                import trackio
+
+                tracker.log({"samples": trackio.Image(path)}, step)
 
     def _export(self, export: Callable[[nn.Module, Path], None], folder: Path) -> None:
         with self.averaged_model() as averaged:

@@ -1,6 +1,7 @@
 """dnd_hf.training: a run is a function of its arguments, wherever it was interrupted."""
 
 import json
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,27 @@ def test_trackers_get_numbers_and_pictures(tmp_path):
     assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6]
     (picture,) = events.Images("samples")
     assert (picture.step, picture.width, picture.height) == (6, 4, 2)
+
+
+def test_wandb_gets_numbers_and_pictures(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    train(tmp_path / "run", report_to=["wandb"])
+    (picture,) = tmp_path.glob("wandb/offline-run-*/files/media/images/samples_6_*.png")
+    assert Image.open(picture).size == (4, 2)
+
+
+def test_trackio_gets_numbers_and_pictures(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio")
+    train(tmp_path / "run", report_to=["trackio"])
+    with sqlite3.connect(tmp_path / "trackio" / "dnd_hf.db") as database:
+        logged = [(step, json.loads(line)) for step, line in database.execute("select step, metrics from metrics")]
+    assert [step for step, line in logged if "train/loss" in line] == [2, 4, 6]
+    assert [step for step, line in logged if "samples" in line] == [6]
+    (picture,) = tmp_path.glob("trackio/media/dnd_hf/*/6/*.png")
+    assert Image.open(picture).size == (4, 2)
 
 
 def test_unfinished_checkpoints_are_never_resumed_from(tmp_path):

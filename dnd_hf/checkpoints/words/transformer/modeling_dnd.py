@@ -1033,7 +1033,7 @@ else:
         Returns:
             Scalar, float32.
         """
-        if hidden.is_cuda and is_liger_kernel_available():
+        if _liger_runs(hidden):
             from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
             return LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, targets)
@@ -1043,6 +1043,10 @@ else:
         if not torch.is_grad_enabled():
             weight = weight.detach()
         return LinearCrossEntropy.apply(hidden, weight, targets)
+
+
+    def _liger_runs(hidden: Tensor) -> bool:
+        return hidden.is_cuda and is_liger_kernel_available()
 
 
     class LinearCrossEntropy(torch.autograd.Function):
