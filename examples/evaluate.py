@@ -12,7 +12,7 @@ import json
 import re
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -23,7 +23,8 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.data import Dataset
 from transformers.hf_argparser import HfArg
 
-from dnd_hf import RQVAE, DnDPipeline, bundled_checkpoint
+from dnd_hf import RQVAE, DnDPipeline
+from dnd_hf.checkpoints import checkpoint_path
 from dnd_hf.data.images import ImageDataset, ImageTransform, as_size, check_stride, load_image_dataset
 from dnd_hf.evaluation.features import NEIGHBOURS, InceptionFeatures, ModelFeatures
 from dnd_hf.evaluation.generation import (
@@ -54,17 +55,16 @@ from dnd_hf.evaluation.reports import (
 from dnd_hf.evaluation.rocr import evaluate_rocr
 from dnd_hf.evaluation.words import REAL_SEED, evaluate_words
 from dnd_hf.generation_dnd import GUIDANCE_SCHEDULES
-from dnd_hf.training.arguments import parse_arguments
+from dnd_hf.training.arguments import SamplingArguments, parse_arguments
 from dnd_hf.training.losses import PerceptualLoss
 
 
-SAMPLING_OPTIONS = ("guidance_scale", "guidance_schedule", "guidance_power", "temperature", "top_k", "top_p")
 RECONSTRUCTION_CURVES = ("psnr", "ssim", "l2", "lpips", "rfid")
 ROCR_CURVES = ("rouge_l", "cer", "wer", "exact_match")
 
 
 @dataclass
-class EvaluationArguments:
+class EvaluationArguments(SamplingArguments):
     """Options of this script; all can also stand in a YAML file given as `--config`."""
 
     task: Literal["rocr", "reconstruction", "ppl_ocr", "generation", "words"] | None = HfArg(
@@ -125,14 +125,6 @@ class EvaluationArguments:
         help="Pictures generated, and read of --samples; default: 50,000 for generation, 1,000 for ppl_ocr.",
     )
     npz: bool = HfArg(default=True, help="Also write the generated pictures as the .npz that the ADM suite takes.")
-    guidance_scale: float | None = HfArg(default=None, help="Default of this and the next five: the checkpoint's own.")
-    guidance_schedule: Literal["constant", "linear", "power-cosine"] | None = HfArg(
-        default=None, help="How the guidance grows from the first position of a picture to the last."
-    )
-    guidance_power: float | None = HfArg(default=None, help="Of power-cosine; the greater, the later it sets in.")
-    temperature: float | None = HfArg(default=None, help="The logits are divided by it.")
-    top_k: int | None = HfArg(default=None, help="Only the k most likely codes may be drawn; 0: all.")
-    top_p: float | None = HfArg(default=None, help="Only the likeliest codes of this total probability may be drawn.")
     search_scales: list[float] = HfArg(
         default_factory=list, help="Guidance scales to try before; the samples then have the one of the lowest FID."
     )
@@ -216,7 +208,7 @@ class EvaluationArguments:
 
     def load_tokenizer(self, name: str) -> RQVAE:
         """A tokenizer, or that of a pipeline."""
-        name = bundled_checkpoint(name) if name == "words" else name
+        name = checkpoint_path(name)
         try:
             vae = RQVAE.from_pretrained(name, subfolder="vqvae")
         except OSError:
@@ -225,8 +217,9 @@ class EvaluationArguments:
 
     def load_pipeline(self, name: str) -> DnDPipeline:
         """A pipeline, whose classes can all have as many pictures."""
-        path = bundled_checkpoint(name) if name == "words" else name
-        pipeline = DnDPipeline.from_pretrained(path, dtype=getattr(torch, self.dtype)).to(self.run_device)
+        pipeline = DnDPipeline.from_pretrained(checkpoint_path(name), dtype=getattr(torch, self.dtype)).to(
+            self.run_device
+        )
         if self.num_images is not None:
             check_balance(pipeline, self.num_images)
         if self.search_scales:
@@ -253,9 +246,10 @@ class EvaluationArguments:
 def run_words(args: EvaluationArguments) -> tuple[dict, dict]:
     engine = load_ocr_engine("rapidocr-line", num_threads=args.ocr_threads)
     pipeline = args.load_pipeline(args.model[0])
-    figures = evaluate_words(pipeline, args.num_images_per_word, args.seed, args.batch_size, engine)
+    sampled = partial(pipeline, **args.sampling)
+    figures = evaluate_words(sampled, args.num_images_per_word, args.seed, args.batch_size, engine)
     row = {name: value for name, value in figures.items() if name != "word_accuracy"}
-    sampling = pipeline.transformer.generation_config.to_diff_dict()
+    sampling = pipeline.transformer.generation_config.to_diff_dict() | args.sampling
     return {"sampling": sampling, "figures": figures, "rows": [{"model": args.model[0], **row}], "failures": []}, {}
 
 
@@ -351,7 +345,7 @@ def run_ppl_ocr(args: EvaluationArguments) -> tuple[dict, dict]:
             raise ValueError(f"no text can be read in {args.dataset_name}; for example, {failures[0]['reason']}.")
     for name, pipeline in pipelines.items():
         files = sample_images(
-            pipeline, args.sample_path(name), args.num_images, args.seed, args.batch_size, sampling_of(args)
+            pipeline, args.sample_path(name), args.num_images, args.seed, args.batch_size, args.sampling
         )
         samples[name] = SampleImages(files[0].parent, len(files))
     if args.state.is_main_process:
@@ -377,7 +371,7 @@ def run_generation(args: EvaluationArguments) -> tuple[dict, dict]:
         failures.extend({"model": name, **failure.to_dict()} for failure in broken)
         return {"model": name, **measure_samples(features, reference, statistics, args.run_device)}
 
-    options = sampling_of(args)
+    options = args.sampling
     if args.search_scales:
         ((name, pipeline),) = pipelines.items()
         results["search"] = []
@@ -442,11 +436,6 @@ def load_reference(args: EvaluationArguments, pipelines: dict, samples: dict, ex
             f"precision and recall need more than {NEIGHBOURS} real pictures, got {len(features.features)}."
         )
     return features, statistics or gaussian(features.features)
-
-
-def sampling_of(args: EvaluationArguments) -> dict:
-    """The options of sampling that are given."""
-    return {name: getattr(args, name) for name in SAMPLING_OPTIONS if getattr(args, name) is not None}
 
 
 TASKS = {

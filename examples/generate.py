@@ -12,13 +12,14 @@ from typing import Literal
 import torch
 from transformers.hf_argparser import HfArg
 
-from dnd_hf import DnDPipeline, bundled_checkpoint
-from dnd_hf.training.arguments import parse_arguments
+from dnd_hf import DnDPipeline
+from dnd_hf.checkpoints import checkpoint_path
+from dnd_hf.training.arguments import SamplingArguments, parse_arguments
 from dnd_hf.training.reports import save_image_grid
 
 
 @dataclass
-class GenerationArguments:
+class GenerationArguments(SamplingArguments):
     """Options of this script; all can also stand in a YAML file given as `--config`."""
 
     model: str = HfArg(default="words", help="`words` (comes with the package), a pipeline folder, or a Hub id.")
@@ -26,14 +27,6 @@ class GenerationArguments:
         default_factory=list, help="Names or numbers of classes; default: 16 spread over all classes."
     )
     num_images_per_label: int = HfArg(default=1, help="Pictures of each label, side by side in the grid.")
-    guidance_scale: float | None = HfArg(default=None, help="Default of this and the next five: the checkpoint's own.")
-    guidance_schedule: Literal["constant", "linear", "power-cosine"] | None = HfArg(
-        default=None, help="How the guidance grows from the first position of a picture to the last."
-    )
-    guidance_power: float | None = HfArg(default=None, help="Of power-cosine; the greater, the later it sets in.")
-    temperature: float | None = HfArg(default=None, help="The logits are divided by it.")
-    top_k: int | None = HfArg(default=None, help="Only the k most likely codes may be drawn; 0: all.")
-    top_p: float | None = HfArg(default=None, help="Only the likeliest codes of this total probability may be drawn.")
     seed: int = HfArg(default=0, help="Picture i has the seed `seed + i`, whatever the batch size.")
     batch_size: int = HfArg(default=16, help="Pictures made at a time.")
     device: str | None = HfArg(default=None, help="Default: a GPU where there is one.")
@@ -49,8 +42,7 @@ class GenerationArguments:
 
 def main(args: GenerationArguments) -> None:
     device = args.device or torch.accelerator.current_accelerator() or "cpu"
-    folder = bundled_checkpoint("words") if args.model == "words" else args.model
-    pipe = DnDPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype)).to(device)
+    pipe = DnDPipeline.from_pretrained(checkpoint_path(args.model), dtype=getattr(torch, args.dtype)).to(device)
     names = pipe.transformer.config.id2label
     count = min(16, len(names))
     labels = [int(label) if label.isdecimal() else pipe.get_label_ids(label)[0] for label in args.labels]
@@ -61,16 +53,7 @@ def main(args: GenerationArguments) -> None:
     for first in range(0, len(labels), args.batch_size):
         batch = labels[first : first + args.batch_size]
         generators = [torch.Generator("cpu").manual_seed(args.seed + first + i) for i in range(len(batch))]
-        images += pipe(
-            batch,
-            guidance_scale=args.guidance_scale,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            guidance_schedule=args.guidance_schedule,
-            guidance_power=args.guidance_power,
-            generator=generators,
-        ).images
+        images += pipe(batch, **args.sampling, generator=generators).images
     seconds = perf_counter() - started
 
     columns = args.num_images_per_label if args.num_images_per_label > 1 else max(1, round(len(images) ** 0.5))

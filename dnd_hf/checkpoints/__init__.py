@@ -3,13 +3,21 @@
 from pathlib import Path
 
 
+def _bundled() -> dict[str, str]:
+    return {path.parent.name: str(path.parent) for path in Path(__file__).parent.glob("*/model_index.json")}
+
+
 def bundled_checkpoint(name: str) -> str:
     """The folder of a bundled pipeline, e.g. `bundled_checkpoint("words")`: pictures of 100 English words.
 
     Raises:
         ValueError: there is no bundled pipeline of that name; the message lists those that are.
     """
-    folders = {path.parent.name: path.parent for path in Path(__file__).parent.glob("*/model_index.json")}
-    if name not in folders:
-        raise ValueError(f"`name` must be one of {sorted(folders)}, got {name!r}.")
-    return str(folders[name])
+    if name not in _bundled():
+        raise ValueError(f"`name` must be one of {sorted(_bundled())}, got {name!r}.")
+    return _bundled()[name]
+
+
+def checkpoint_path(name: str) -> str:
+    """The folder of the bundled pipeline of this name, or else the name: another folder, or an id of the Hub."""
+    return _bundled().get(name, name)

@@ -55,7 +55,7 @@ def evaluate_words(
     """Generates every word of `WORDS`, renders as many unseen real pictures, and measures both alike.
 
     Args:
-        pipeline: a `DnDPipeline` whose labels 0..99 are `WORDS`, sampled at its own defaults.
+        pipeline: a `DnDPipeline` whose labels 0..99 are `WORDS`, called with labels and `generator` alone.
         num_images_per_word: pictures of each word, generated and real, at least 2 (a spread needs two).
         seed: non-negative. Generated picture i has a CPU generator of its own, seeded `seed * n + i` of n in all; the
             real ones are `WordImages(n, seed=REAL_SEED + seed)`. The figures do not depend on `batch_size`.

@@ -1,4 +1,4 @@
-"""Command-line arguments that the training and extraction scripts share, and how they are read."""
+"""Command-line arguments that the scripts share, and how they are read."""
 
 import sys
 from dataclasses import dataclass, fields, replace
@@ -38,6 +38,26 @@ POSITIVE_OPTIONS = (
     "checkpointing_steps",
     "checkpoints_total_limit",
 )
+
+
+@dataclass
+class SamplingArguments:
+    """How codes are drawn, see `DnDForImageGeneration.generate`."""
+
+    guidance_scale: float | None = HfArg(default=None, help="Default of this and the next five: the checkpoint's own.")
+    guidance_schedule: Literal["constant", "linear", "power-cosine"] | None = HfArg(
+        default=None, help="How the guidance grows from the first position of a picture to the last."
+    )
+    guidance_power: float | None = HfArg(default=None, help="Of power-cosine; the greater, the later it sets in.")
+    temperature: float | None = HfArg(default=None, help="The logits are divided by it.")
+    top_k: int | None = HfArg(default=None, help="Only the k most likely codes may be drawn; 0: all.")
+    top_p: float | None = HfArg(default=None, help="Only the likeliest codes of this total probability may be drawn.")
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Those that are given, to be passed to a pipeline."""
+        options = {field.name: getattr(self, field.name) for field in fields(SamplingArguments)}
+        return {name: value for name, value in options.items() if value is not None}
 
 
 @dataclass

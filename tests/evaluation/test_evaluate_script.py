@@ -165,8 +165,9 @@ def test_words_has_its_figures_where_they_were(script, evaluate, monkeypatch):
     figures = {"num_images": 200, "accuracy": 0.5, "real_accuracy": 1.0, "word_accuracy": {"APPLE": 0.5}}
     asked = []
     monkeypatch.setitem(script["run_words"].__globals__, "evaluate_words", lambda *args: asked.append(args) or figures)
-    results, markdown = evaluate("--task words --model words --num_images_per_word 2 --seed 1")
+    results, markdown = evaluate("--task words --model words --num_images_per_word 2 --seed 1 --top_k 9")
     assert results["figures"] == figures and results["sampling"]["guidance_scale"] > 0
+    assert results["sampling"]["top_k"] == 9 and asked[0][0].keywords == {"top_k": 9}
     assert asked[0][1:4] == (2, 1, 100) and "| words | 200 | 0.5 | 1 |" in markdown
 
 
