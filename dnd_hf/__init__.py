@@ -5,24 +5,24 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, AutoModel
 
-from .configuration_dnd import DnDConfig
-from .modeling_dnd import DnDForImageGeneration, DnDOutput
+from .models.configuration_dnd import DnDConfig
+from .models.modeling_dnd import DnDForImageGeneration, DnDOutput
 
 
 if TYPE_CHECKING:
-    from .autoencoder_rqvae import RQVAE, RQVAEEncoderOutput, RQVAEOutput
-    from .checkpoints import bundled_checkpoint
+    from .bundled import bundled_checkpoint
     from .conversion import convert_rqvae, convert_transformer
-    from .pipeline_dnd import DnDPipeline
-    from .quantization import ResidualQuantizer
+    from .models.autoencoder_rqvae import RQVAE, RQVAEEncoderOutput, RQVAEOutput
+    from .models.residual_quantizer import ResidualQuantizer
+    from .pipelines.pipeline_dnd import DnDPipeline
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "autoencoder_rqvae": ("RQVAE", "RQVAEEncoderOutput", "RQVAEOutput"),
-    "quantization": ("ResidualQuantizer",),
-    "pipeline_dnd": ("DnDPipeline",),
-    "checkpoints": ("bundled_checkpoint",),
+    "models.autoencoder_rqvae": ("RQVAE", "RQVAEEncoderOutput", "RQVAEOutput"),
+    "models.residual_quantizer": ("ResidualQuantizer",),
+    "pipelines.pipeline_dnd": ("DnDPipeline",),
+    "bundled": ("bundled_checkpoint",),
     "conversion": ("convert_rqvae", "convert_transformer"),
 }
 _MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}

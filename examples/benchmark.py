@@ -37,13 +37,13 @@ from torch.utils.data import DataLoader
 from transformers.hf_argparser import HfArg
 
 from dnd_hf import RQVAE, DnDConfig, DnDForImageGeneration
+from dnd_hf.arguments import parse_arguments
 from dnd_hf.conversion import export_original
 from dnd_hf.data.codes import CodesWriter, ShardReader, codes_features
 from dnd_hf.data.images import ImageDataset, TenCrop
-from dnd_hf.decoding_dnd import PackedDecoder
-from dnd_hf.evaluation.reports import import_figure
-from dnd_hf.quantization import ResidualQuantizer
-from dnd_hf.training.arguments import parse_arguments
+from dnd_hf.figures import import_figure
+from dnd_hf.generation.decoders import PackedDecoder
+from dnd_hf.models.residual_quantizer import ResidualQuantizer
 from dnd_hf.training.throughput import matmul_rate, synchronize, transformer_training_flops
 
 

@@ -17,8 +17,9 @@ import torch
 from transformers.hf_argparser import HfArg
 
 from dnd_hf import convert_rqvae, convert_transformer
-from dnd_hf.conversion import convert_pipeline, export_original, new_folder
-from dnd_hf.training.arguments import parse_arguments
+from dnd_hf.arguments import parse_arguments
+from dnd_hf.conversion.pipeline import convert_pipeline, export_original
+from dnd_hf.files import new_folder
 
 
 SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")

@@ -24,7 +24,8 @@ from torch.utils.data import Dataset
 from transformers.hf_argparser import HfArg
 
 from dnd_hf import RQVAE, DnDPipeline
-from dnd_hf.checkpoints import checkpoint_path
+from dnd_hf.arguments import SamplingArguments, parse_arguments
+from dnd_hf.bundled import checkpoint_path
 from dnd_hf.data.images import ImageDataset, ImageTransform, as_size, check_stride, load_image_dataset
 from dnd_hf.evaluation.features import NEIGHBOURS, InceptionFeatures, ModelFeatures
 from dnd_hf.evaluation.generation import (
@@ -44,7 +45,6 @@ from dnd_hf.evaluation.pictures import SampleImages, read_batches
 from dnd_hf.evaluation.reconstruction import check_depths, evaluate_reconstruction
 from dnd_hf.evaluation.reports import (
     environment,
-    import_figure,
     plot_codes,
     plot_curves,
     save_contact_sheet,
@@ -54,8 +54,8 @@ from dnd_hf.evaluation.reports import (
 )
 from dnd_hf.evaluation.rocr import evaluate_rocr
 from dnd_hf.evaluation.words import REAL_SEED, evaluate_words
-from dnd_hf.generation_dnd import GUIDANCE_SCHEDULES
-from dnd_hf.training.arguments import SamplingArguments, parse_arguments
+from dnd_hf.figures import import_figure
+from dnd_hf.generation.sampling import GUIDANCE_SCHEDULES
 from dnd_hf.training.losses import PerceptualLoss
 
 

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from dnd_hf import RQVAE
+from dnd_hf.arguments import ImageArguments, parse_arguments
 from dnd_hf.data.codes import MAX_VOCAB_SIZE, CodesWriter, ShardReader, codes_features
 from dnd_hf.data.images import (
     BrokenImageError,
@@ -36,7 +37,6 @@ from dnd_hf.data.images import (
     check_broken_share,
     check_stride,
 )
-from dnd_hf.training.arguments import ImageArguments, parse_arguments
 
 
 logger = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ import torch
 from transformers.hf_argparser import HfArg
 
 from dnd_hf import DnDPipeline
-from dnd_hf.checkpoints import checkpoint_path
-from dnd_hf.training.arguments import SamplingArguments, parse_arguments
-from dnd_hf.training.reports import save_image_grid
+from dnd_hf.arguments import SamplingArguments, parse_arguments
+from dnd_hf.bundled import checkpoint_path
+from dnd_hf.figures import save_image_grid
 
 
 @dataclass

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from transformers.hf_argparser import HfArg
 
+from dnd_hf.arguments import parse_arguments
 from dnd_hf.data.pdf import PdfCrops
 from dnd_hf.data.picture_shards import ShardArguments, in_batches
-from dnd_hf.training.arguments import parse_arguments
 
 
 @dataclass

@@ -12,9 +12,9 @@ from typing import Literal
 
 from transformers.hf_argparser import HfArg
 
+from dnd_hf.arguments import parse_arguments
 from dnd_hf.data.picture_shards import ShardArguments, in_batches
 from dnd_hf.data.text import DEFAULT_FONTS, TextPictures, load_texts
-from dnd_hf.training.arguments import parse_arguments
 
 
 @dataclass

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, Subset
 from transformers.hf_argparser import HfArg
 
 from dnd_hf import RQVAE, DnDConfig, DnDForImageGeneration, DnDPipeline
+from dnd_hf.arguments import TrainingArguments, parse_arguments
 from dnd_hf.data.codes import CodesDataset, collate_codes
 from dnd_hf.data.images import as_size, check_stride, collate_images
-from dnd_hf.training.arguments import TrainingArguments, parse_arguments
 from dnd_hf.training.data_order import hold_out
 from dnd_hf.training.optimization import weight_decay_groups
 from dnd_hf.training.run import TrainingRun

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers.utils import is_liger_kernel_available
 
-from dnd_hf import modeling_dnd
-from dnd_hf.modeling_dnd import summed_cross_entropy
-from dnd_hf.quantization import ResidualQuantizer
+from dnd_hf.models import modeling_dnd
+from dnd_hf.models.modeling_dnd import summed_cross_entropy
+from dnd_hf.models.residual_quantizer import ResidualQuantizer
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

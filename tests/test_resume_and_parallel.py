@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from dnd_hf import RQVAE
 from dnd_hf.training.checkpoints import list_checkpoints
-from dnd_hf.training.reports import read_metrics
+from dnd_hf.training.metrics import read_metrics
 
 
 REPOSITORY = Path(__file__).parents[1]

@@ -11,11 +11,9 @@ an extraction can be killed and go on; `dataset_info.json` comes last and says t
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice, takewhile
 from pathlib import Path
-from uuid import uuid4
 
 import datasets
 import numpy as np
@@ -25,8 +23,8 @@ from datasets import ClassLabel, Features, List, Value
 from datasets.fingerprint import generate_random_fingerprint
 from torch import Tensor
 
+from ..files import keep_settings, remove, written_whole
 from .images import BrokenImageError, ImageDataset, ImageStream, collate_images
-from .resuming import changed_settings
 
 
 MAX_VOCAB_SIZE = 2**16
@@ -105,16 +103,10 @@ class CodesWriter:
 
     def __init__(self, path: str | Path, features: Features, settings: dict):
         self.path, self.features = Path(path), features
-        file, settings = self.path / "extraction.json", json.loads(json.dumps(settings))
-        if file.exists():
-            if changes := changed_settings(file, settings):
-                raise ValueError(f"{path} holds codes of another extraction: {changes}.")
-        elif self.is_complete:
+        file = self.path / "extraction.json"
+        if self.is_complete and not file.exists():
             raise ValueError(f"{path} holds a data set already.")
-        else:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with _renamed_when_whole(file) as unfinished:
-                unfinished.write_text(json.dumps(settings, indent=2))
+        keep_settings(file, settings, "codes of another extraction")
 
     @property
     def is_complete(self) -> bool:
@@ -150,7 +142,7 @@ class CodesWriter:
         note = {"last": last, "num_images": num_images, "broken": broken}
         table = table.replace_schema_metadata({**schema.metadata, "dnd_hf": json.dumps(note)})
         with (
-            _renamed_when_whole(self.path / f"data-{part:05d}-{shard:05d}.arrow") as unfinished,
+            written_whole(self.path / f"data-{part:05d}-{shard:05d}.arrow") as unfinished,
             pa.OSFile(str(unfinished), "wb") as file,
             pa.ipc.new_stream(file, table.schema) as writer,
         ):
@@ -182,17 +174,8 @@ class CodesWriter:
         (self.path / "state.json").write_text(json.dumps(state, indent=2))
         (folder / "dataset_info.json").replace(self.path / "dataset_info.json")
         shutil.rmtree(folder)
-        for path in self.path.glob("*.unfinished"):
-            path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _renamed_when_whole(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which becomes `path` at the end."""
-    # A name of its own, because processes of a run whose launcher was killed may still be writing.
-    unfinished = path.with_name(f"{path.name}.{uuid4().hex}.unfinished")
-    yield unfinished
-    unfinished.replace(path)
+        for path in self.path.glob(".*.unfinished"):
+            remove(path)
 
 
 class CodesDataset(torch.utils.data.Dataset):

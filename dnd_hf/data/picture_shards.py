@@ -22,7 +22,6 @@ from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
-from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,7 +29,7 @@ from datasets import Features
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
-from .resuming import changed_settings
+from ..files import keep_settings, remove, write_json, write_text, written_whole
 
 
 logger = logging.getLogger(__name__)
@@ -107,8 +106,7 @@ class PictureShards:
         self.settings = json.loads(json.dumps(settings))
         self.settings_file = self.path / ".settings.json"
         if self.settings_file.exists():
-            if changes := changed_settings(self.settings_file, self.settings):
-                raise ValueError(f"{path} holds pictures of other settings: {changes}.")
+            keep_settings(self.settings_file, self.settings, "pictures of other settings")
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise ValueError(f"{path} is not an empty folder.")
 
@@ -121,17 +119,16 @@ class PictureShards:
         """Makes and writes shard `number`, of these items; a shard without pictures is a note alone."""
         note = Note()
         rows = self._encoded(self.maker.rows(items, note), note)
-        unfinished = self.unfinished / uuid4().hex
-        if self.output_format == "parquet":
-            self._write_parquet(unfinished, rows)
-            final = self.unfinished / "train" / f"{number:06d}.parquet"
-        else:
-            final = self.unfinished / "train" / f"{number:06d}"
-            self._write_folder(unfinished, final.name, rows)
-            shutil.rmtree(final, ignore_errors=True)  # of a process that was killed before it wrote the note
-        if note.pictures:
-            unfinished.replace(final)
-        self._write_text(self._note(number), json.dumps(vars(note)))
+        is_parquet = self.output_format == "parquet"
+        final = self.unfinished / "train" / (f"{number:06d}.parquet" if is_parquet else f"{number:06d}")
+        with written_whole(final) as unfinished:
+            if is_parquet:
+                self._write_parquet(unfinished, rows)
+            else:
+                self._write_folder(unfinished, final.name, rows)
+        if not note.pictures:
+            remove(final)
+        write_json(self._note(number), vars(note))
         return note
 
     def _note(self, number: int) -> Path:
@@ -159,12 +156,7 @@ class PictureShards:
         for number, row in enumerate(rows):
             (path / f"{number:05d}.png").write_bytes(row.pop("image"))
             lines.append(json.dumps({"file_name": f"{name}/{number:05d}.png", **row}) + "\n")
-        self._write_text(self.unfinished / "metadata" / name, "".join(lines))
-
-    def _write_text(self, path: Path, text: str) -> None:
-        unfinished = self.unfinished / uuid4().hex
-        unfinished.write_text(text)
-        unfinished.replace(path)
+        write_text(self.unfinished / "metadata" / name, "".join(lines))
 
     def note(self, number: int) -> Note | None:
         """What shard `number` holds; None unless it is there whole."""
@@ -186,7 +178,7 @@ class PictureShards:
             raise ValueError(f"`num_processes` must be positive, got {num_processes}.")
         for name in ("train", "notes", "metadata"):
             (self.unfinished / name).mkdir(parents=True, exist_ok=True)
-        self._write_text(self.settings_file, json.dumps(self.settings, indent=2))
+        write_json(self.settings_file, self.settings)
         total, made, start, running = Note(), Note(), time.perf_counter(), set()
         progress = tqdm(unit=" pictures")
         # No pool of multiprocessing: that one waits for ever for a process that the system has killed.
@@ -227,11 +219,11 @@ class PictureShards:
             raise ValueError(f"there is nothing to make a picture of; left out: {dict(total.left_out)}{total.broken}.")
         total.broken.sort(key=lambda source: source["name"])
         total.left_out = Counter(dict(sorted(total.left_out.items())))
-        self._write_text(self.path / "report.json", json.dumps(vars(total), indent=2))
+        write_json(self.path / "report.json", vars(total))
         if self.output_format == "imagefolder":
             # One file, because `datasets` reads several in any order.
             lines = [file.read_text() for file in sorted((self.unfinished / "metadata").iterdir())]
-            self._write_text(self.unfinished / "train" / "metadata.jsonl", "".join(lines))
+            write_text(self.unfinished / "train" / "metadata.jsonl", "".join(lines))
         (self.unfinished / "train").replace(self.path / "train")
         shutil.rmtree(self.unfinished)
 

@@ -1,8 +1,6 @@
 """Samples for evaluation, each from its own label and seed, over any number of processes, and how good they are."""
 
 import hashlib
-import json
-import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
@@ -16,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from dnd_hf.pipeline_dnd import DnDPipeline
+from dnd_hf.files import keep_settings, written_whole
+from dnd_hf.pipelines.pipeline_dnd import DnDPipeline
 
 from .features import (
     Features,
@@ -94,17 +93,8 @@ def sample_images(
     settings["checkpoint_sampling"].pop("transformers_version", None)
     settings_file = folder / "sampling.json"
     with state.main_process_first():
-        if settings_file.exists():
-            found = json.loads(settings_file.read_text(encoding="utf-8"))
-            different = [name for name, value in json.loads(json.dumps(settings)).items() if found.get(name) != value]
-            if different:
-                raise ValueError(
-                    f"{folder} holds samples with other {', '.join(different)} (see sampling.json): choose another"
-                    " folder, or delete it."
-                )
-        elif state.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            settings_file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        if state.is_main_process or settings_file.exists():
+            keep_settings(settings_file, settings, "samples of other settings")
 
     files = [folder / f"{i:06d}.png" for i in range(num_images)]
     mine = [i for i in range(state.process_index, num_images, state.num_processes) if not files[i].exists()]
@@ -114,9 +104,8 @@ def sample_images(
             generators = [torch.Generator().manual_seed(seed + i) for i in batch]
             images = pipeline([i % num_classes for i in batch], generator=generators, **sampling).images
             for i, image in zip(batch, images, strict=True):
-                unfinished = files[i].with_suffix(".part")  # a stopped run leaves no half of a picture
-                image.save(unfinished, format="PNG")
-                os.replace(unfinished, files[i])
+                with written_whole(files[i]) as unfinished:
+                    image.save(unfinished, format="PNG")
             progress.update(len(batch))
     state.wait_for_everyone()
     return files

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dnd_hf.autoencoder_rqvae import RQVAE
+from dnd_hf.models.autoencoder_rqvae import RQVAE
 
 from .features import GaussianStatistics, frechet_distance
 from .pictures import read_batches, to_levels

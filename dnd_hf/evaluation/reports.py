@@ -7,14 +7,13 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from dnd_hf.data.images import to_images
-from dnd_hf.training.reports import save_image_grid
+from ..data.images import to_images
+from ..figures import import_figure, markdown_table, save_image_grid
 
 
 PACKAGES = (
@@ -48,20 +47,6 @@ def environment(device: str | torch.device) -> dict:
         "gpu": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None,
     }
     return {"versions": versions, "machine": machine}
-
-
-def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table of rows, its columns those of the first row that are not None everywhere; numbers to five digits."""
-    columns = [name for name in rows[0] if any(row.get(name) is not None for row in rows)]
-
-    def line(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
-
-    def show(value: Any) -> str:
-        return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
-
-    lines = [line(columns), "|" + "---|" * len(columns)]
-    return "\n".join(lines + [line([show(row.get(name)) for name in columns]) for row in rows])
 
 
 def write_results(output_dir: str | Path, results: dict, pictures: Mapping[str, str] | None = None) -> None:
@@ -104,15 +89,6 @@ def save_reconstructions(columns: Tensor, path: str | Path) -> None:
 def save_contact_sheet(files: Sequence[str | Path], columns: int, path: str | Path) -> None:
     """Writes the pictures of some files, of one size, as a grid."""
     save_image_grid([Image.open(file).convert("RGB") for file in files], columns, path)
-
-
-def import_figure() -> type:
-    """matplotlib's `Figure`; ImportError, saying what to install, without it."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "dnd-hf[eval]"') from error
-    return Figure
 
 
 def plot_codes(codes: Sequence[dict], path: str | Path) -> None:

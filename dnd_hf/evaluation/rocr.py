@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch.utils.data import Dataset
 
-from dnd_hf.autoencoder_rqvae import RQVAE
 from dnd_hf.data.images import to_images
+from dnd_hf.models.autoencoder_rqvae import RQVAE
 
 from .ocr import OCREngine, compare_texts, import_text_measures, try_to_read
 from .pictures import Failure, read_batches

@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from huggingface_hub import ModelCard, ModelCardData, auth_check, create_repo, get_token, upload_folder
 
 from .. import __version__
-from ..pipeline_dnd import model_card
-from .arguments import TrainingArguments
-from .reports import read_metrics
+from ..arguments import TrainingArguments
+from ..pipelines.pipeline_dnd import model_card
+from .metrics import read_metrics
 
 
 NOT_UPLOADED = "checkpoint-*"

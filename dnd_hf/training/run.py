@@ -4,7 +4,7 @@ import copy
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -19,12 +19,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from .arguments import TrainingArguments
+from ..arguments import TrainingArguments
+from ..figures import plot_training_curves, save_image_grid
 from .checkpoints import find_checkpoint, list_checkpoints, save_checkpoint
 from .data_order import TrainingStream, mixed_seed
+from .metrics import JsonlTracker, read_metrics
 from .optimization import WeightAverage, averaged_weights, whole_tensor
 from .publishing import open_repository, upload_run, write_model_card
-from .reports import JsonlTracker, plot_training_curves, save_image_grid
 from .throughput import matmul_rate, peak_memory
 
 
@@ -186,7 +187,9 @@ class TrainingRun:
                 with self.averaged_model() as averaged, torch.no_grad(), torch.compiler.set_stance("force_eager"):
                     accelerator.log({f"validation/{k}": v for k, v in validate(averaged, step).items()}, step)
                 if accelerator.is_main_process:
-                    plot_training_curves(self.output_dir / "metrics.jsonl", self.output_dir / "training_curves.png")
+                    with suppress(ImportError):
+                        metrics = read_metrics(self.output_dir / "metrics.jsonl")
+                        plot_training_curves(metrics, self.output_dir / "training_curves.png")
             if checkpoint_due:
                 save_checkpoint(
                     accelerator,

@@ -9,8 +9,8 @@ from time import perf_counter
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..autoencoder_rqvae import RQVAE
-from ..configuration_dnd import DnDConfig
+from ..models.autoencoder_rqvae import RQVAE
+from ..models.configuration_dnd import DnDConfig
 
 
 def transformer_training_flops(config: DnDConfig) -> int:

@@ -16,7 +16,7 @@ import torch
 from hub_stand_in import HubStandIn, Repository
 from huggingface_hub import ModelCard
 
-from dnd_hf.training.arguments import TrainingArguments, parse_arguments
+from dnd_hf.arguments import TrainingArguments, parse_arguments
 from dnd_hf.training.publishing import write_model_card
 from dnd_hf.training.run import TrainingRun
 

@@ -12,11 +12,12 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
 
-from dnd_hf.training.arguments import TrainingArguments, parse_arguments
+from dnd_hf.arguments import TrainingArguments, parse_arguments
+from dnd_hf.figures import plot_training_curves
 from dnd_hf.training.checkpoints import find_checkpoint, list_checkpoints
 from dnd_hf.training.data_order import TrainingStream, hold_out
+from dnd_hf.training.metrics import JsonlTracker, read_metrics
 from dnd_hf.training.optimization import WeightAverage, averaged_weights, weight_decay_groups
-from dnd_hf.training.reports import JsonlTracker, plot_training_curves, read_metrics
 from dnd_hf.training.run import TrainingRun
 
 
@@ -239,7 +240,7 @@ def test_a_new_run_starts_a_new_metrics_file(tmp_path):
         tracker.start()
         tracker.log({"loss": 0.5}, step=1)
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
-    plot_training_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    plot_training_curves(read_metrics(tmp_path / "metrics.jsonl"), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

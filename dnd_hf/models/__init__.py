@@ -1,0 +1,1 @@
+"""What is trained: the transformers, the tokenizer, and their configurations."""

@@ -1,0 +1,294 @@
+"""DnDForImageGeneration: one decoder that predicts all residual codes of a position in one forward pass.
+
+Shape suffixes: B batch, L sequence (grid positions in raster order), D depth, C hidden size, V codebook size.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import ModelMixin
+from torch import Tensor, nn
+from transformers import PreTrainedModel, initialization
+from transformers.masking_utils import create_causal_mask
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.utils import ModelOutput, is_liger_kernel_available
+
+from ..generation.sampling import DnDGenerationMixin
+from .configuration_dnd import DnDConfig
+
+
+LOGITS_AT_ONCE = 2**24
+"""How many logits the loss computes at a time when they are not asked for: 64 MiB in float32."""
+
+
+@dataclass
+class DnDOutput(ModelOutput):
+    """Output of [`DnDForImageGeneration`].
+
+    Args:
+        loss: scalar, the mean cross-entropy (nats) over all positions and depths; given `labels`.
+        depth_losses: `(depth,)`, the same mean for each depth; given `labels`.
+        logits: `(batch, height * width, depth, vocab_size)`; position i holds the prediction of grid cell i. None
+            with `output_logits=False`.
+    """
+
+    loss: Tensor | None = None
+    depth_losses: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): drops a residual branch for whole samples and rescales the others."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch_BLC: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return branch_BLC
+        kept = torch.rand(len(branch_BLC), 1, 1, device=branch_BLC.device) >= self.rate
+        return branch_BLC * kept / (1 - self.rate)
+
+
+class DnDDecoderLayer(LlamaDecoderLayer):
+    """A LLaMA block with dropout and stochastic depth on both residual branches."""
+
+    def __init__(self, config: DnDConfig, layer_idx: int):
+        super().__init__(config, layer_idx=0)  # one number for all, since a compiled layer serves only its own number
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.residual_dropout = nn.Dropout(config.residual_dropout)
+        self.mlp_dropout = nn.Dropout(config.mlp_dropout)
+        self.drop_path = DropPath(config.drop_path_rate * layer_idx / max(1, config.num_hidden_layers - 1))
+
+    def forward(self, hidden_states: Tensor, **attention_kwargs) -> Tensor:
+        attention, _ = self.self_attn(self.input_layernorm(hidden_states), **attention_kwargs)
+        hidden_states = hidden_states + self.drop_path(self.residual_dropout(attention))
+        mlp = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + self.drop_path(self.mlp_dropout(mlp))
+
+
+class DnDForImageGeneration(DnDGenerationMixin, PreTrainedModel):
+    """DnD-Transformer (arXiv 2410.01912): a LLaMA decoder over a grid of residual codes.
+
+    The sequence is the class token followed by one token a grid cell, the sum of the embeddings of its codes. At
+    `config.prediction_layers[k]` head k (RMS norm and linear) predicts code k of the next cell; in `"dnd"` mode the
+    embedding of that code is then added to the hidden state, which runs on to head k + 1. With depth 1 this is the
+    plain autoregressive model of LlamaGen.
+    """
+
+    config_class = DnDConfig
+    base_model_prefix = ""
+    main_input_name = "codes"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _no_split_modules = ["DnDDecoderLayer"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _repeated_blocks = ["DnDDecoderLayer"]
+
+    def __init__(self, config: DnDConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_classes = nn.Embedding(config.num_classes + config.has_null_class, config.hidden_size)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = nn.ModuleList(DnDDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norms = nn.ModuleList(
+            nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps) for _ in range(config.code_depth)
+        )
+        self.heads = nn.ModuleList(
+            nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            for _ in range(1 if config.tie_prediction_heads else config.code_depth)
+        )
+        self.gradient_checkpointing = False
+        guidance_scale = 2.0 if config.has_null_class else 1.0
+        self.generation_config.update(
+            do_sample=True, guidance_scale=guidance_scale, temperature=1.0, top_k=0, top_p=1.0
+        )
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if module in set(self.heads):
+            initialization.zeros_(module.weight)
+        else:
+            super()._init_weights(module)
+
+    def forward(
+        self,
+        class_labels: Tensor,
+        codes: Tensor,
+        labels: Tensor | None = None,
+        output_logits: bool = True,
+        return_dict: bool | None = None,
+    ) -> DnDOutput | tuple[Tensor, ...]:
+        """Predicts every code from the codes before it (teacher forcing).
+
+        Args:
+            class_labels: `(batch,)` integers in `[0, num_classes)`; `num_classes` is the null class, which in
+                training mode replaces a share `class_dropout_prob` of them.
+            codes: `(batch, height, width, depth)` integers in `[0, vocab_size)`.
+            labels: the targets, same shape; -100 leaves a code out of the loss.
+            output_logits: False computes the loss piece by piece ([`summed_cross_entropy`]), so that the logits, the
+                largest tensors of a training step, are never held as a whole.
+
+        Raises:
+            ValueError: shapes that do not fit each other or the configuration; neither labels nor logits asked for.
+        """
+        config = self.config
+        grid = (*config.grid_size, config.code_depth)
+        if codes.ndim != 4 or tuple(codes.shape[1:]) != grid:
+            raise ValueError(f"`codes` must be (batch, {', '.join(map(str, grid))}), got shape {tuple(codes.shape)}.")
+        if class_labels.shape != codes.shape[:1]:
+            raise ValueError(f"`class_labels` must be ({len(codes)},), got shape {tuple(class_labels.shape)}.")
+        if labels is not None and labels.shape != codes.shape:
+            raise ValueError(f"`labels` must have the shape of `codes`, got {tuple(labels.shape)}.")
+        if labels is None and not output_logits:
+            raise ValueError("`output_logits=False` without `labels` leaves nothing to compute.")
+
+        if self.training and config.has_null_class:
+            dropped = torch.rand(class_labels.shape, device=class_labels.device) < config.class_dropout_prob
+            class_labels = class_labels.masked_fill(dropped, config.num_classes)
+        codes_BLD = codes.flatten(1, 2)
+        tokens_BLC = self.embed_tokens(codes_BLD[:, :-1]).sum(2)
+        hidden_BLC = self.embedding_dropout(torch.cat([self.embed_classes(class_labels)[:, None], tokens_BLC], dim=1))
+        mask = create_causal_mask(config, inputs_embeds=hidden_BLC, attention_mask=None, past_key_values=None)
+        rotary = self.rotary_embeddings(hidden_BLC.device, hidden_BLC.dtype)
+
+        logits, sums = [], []
+        targets = None if labels is None else labels.flatten(0, 2).unbind(-1)
+
+        def teach(k: int, hidden_BLC: Tensor) -> Tensor:
+            if output_logits:
+                logits.append(self.head(k)(hidden_BLC))
+            if output_logits and targets:
+                sums.append(F.cross_entropy(logits[k].flatten(0, 1).float(), targets[k], reduction="sum"))
+            elif targets:
+                sums.append(summed_cross_entropy(hidden_BLC.flatten(0, 1), self.head(k).weight, targets[k]))
+            return codes_BLD[..., k]
+
+        self.run_layers(hidden_BLC, teach, self.layers, position_embeddings=rotary, attention_mask=mask)
+
+        loss = depth_losses = None
+        if targets:
+            sums, counts = torch.stack(sums), (torch.stack(targets) != -100).sum(1)
+            loss, depth_losses = sums.sum() / counts.sum(), sums / counts
+        logits = torch.stack(logits, dim=2) if output_logits else None
+        output = DnDOutput(loss=loss, depth_losses=depth_losses, logits=logits)
+        return output.to_tuple() if return_dict is False else output
+
+    def compile_repeated_blocks(self, *args, **kwargs) -> None:
+        """Compiles the layers alone, once for all of them, for training and `generate` (on CUDA devices also with
+        `cuda_graphs`); the name and the arguments, those of `torch.compile`, are diffusers'."""
+        ModelMixin.compile_repeated_blocks(self, *args, **kwargs)
+        self._graph_samplers = None  # their graphs are of the layers as they were
+
+    def head(self, k: int) -> nn.Linear:
+        """The linear part of the head of depth k."""
+        return self.heads[0 if self.config.tie_prediction_heads else k]
+
+    def run_layers(
+        self,
+        hidden_BLC: Tensor,
+        choose: Callable[[int, Tensor], Tensor],
+        layers: Sequence[Callable[..., Tensor]],
+        **layer_kwargs,
+    ) -> None:
+        """The DnD forward pass, the same in training and generation (Section 3.2).
+
+        `choose(k, hidden_BLC)` receives what head k reads, normalised, and returns the codes `(B, L)` of that depth:
+        the true ones in training, sampled ones in generation. Layers above the last head are not run.
+        """
+        config = self.config
+        for index, layer in enumerate(layers[: config.prediction_layers[-1] + 1]):
+            hidden_BLC = layer(hidden_BLC, **layer_kwargs)
+            for k in (k for k, at in enumerate(config.prediction_layers) if at == index):
+                codes_BL = choose(k, self.norms[k](hidden_BLC))
+                if config.depth_mode == "dnd" and k < config.code_depth - 1:
+                    hidden_BLC = hidden_BLC + self.embed_tokens(codes_BL)
+
+    def rotary_embeddings(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `(1, L, head_dim)` of the 2D rotary positions, in transformers' half-split layout.
+
+        The first half of the rotary pairs turns with the row, the second with the column. Token 0, the class, has
+        cosine and sine 0 (its query and key vanish, as in the released models); token i >= 1 stands for cell i - 1.
+        Computed where it is used: a buffer that is not saved would be lost in `from_pretrained`.
+        """
+        height, width = self.config.grid_size
+        half = self.config.head_dim // 2
+        exponents = torch.arange(0, half, 2, device=device, dtype=torch.float32) / half
+        frequencies = 1 / self.config.rope_theta**exponents
+        cells = torch.arange(height * width - 1, device=device)
+        angles = torch.cat([torch.outer(cells // width, frequencies), torch.outer(cells % width, frequencies)], dim=1)
+        angles = torch.cat([angles, angles], dim=1)
+        cos, sin = (F.pad(table, (0, 0, 1, 0))[None].to(dtype) for table in (angles.cos(), angles.sin()))
+        return cos, sin
+
+
+def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of `hidden @ weight.T`, in nats and summed over the rows, in little memory.
+
+    On CUDA, where Liger is installed, its fused kernel; elsewhere [`LinearCrossEntropy`].
+
+    Args:
+        hidden: `(rows, hidden_size)`.
+        weight: `(vocab_size, hidden_size)`.
+        targets: `(rows,)` integers in `[0, vocab_size)`; -100 leaves a row out.
+
+    Returns:
+        Scalar, float32.
+    """
+    if _liger_runs(hidden):
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        return LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, targets)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if not torch.is_grad_enabled():
+        weight = weight.detach()
+    return LinearCrossEntropy.apply(hidden, weight, targets)
+
+
+def _liger_runs(hidden: Tensor) -> bool:
+    return hidden.is_cuda and is_liger_kernel_available()
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """[`summed_cross_entropy`] in pieces, so that at most `LOGITS_AT_ONCE` logits exist at a time.
+
+    The gradients are made from the logits as soon as these are there, as in Liger's kernel (arXiv 2410.10989, Section
+    3.2), so nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        of_hidden, of_weight = [], None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        size = max(1, LOGITS_AT_ONCE // len(weight))
+        for rows, goals in zip(hidden.split(size), targets.split(size)):
+            log_probs = F.linear(rows, weight).float().log_softmax(-1)
+            total += F.nll_loss(log_probs, goals, reduction="sum")
+            if not any(ctx.needs_input_grad):
+                continue
+            counted = (goals != -100).to(rows.dtype)[:, None]
+            goals = goals.clamp(min=0)[:, None]
+            errors = log_probs.exp_().scatter_add_(1, goals, log_probs.new_full(goals.shape, -1)).to(rows.dtype)
+            if ctx.needs_input_grad[0]:
+                of_hidden.append(errors @ weight * counted)
+            if ctx.needs_input_grad[1]:
+                of_piece = errors.T @ (rows * counted)
+                of_weight = of_piece if of_weight is None else of_weight.float().add_(of_piece)
+        ctx.save_for_backward(torch.cat(of_hidden) if of_hidden else None, of_weight)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale: Tensor) -> tuple[Tensor | None, ...]:
+        return *(None if gradient is None else gradient * scale for gradient in ctx.saved_tensors), None

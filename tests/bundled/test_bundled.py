@@ -1,0 +1,40 @@
+"""The bundled pipelines: complete, small, and with the code of this version."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dnd_hf import DnDPipeline, bundled_checkpoint
+from dnd_hf.data.words import WORDS
+
+
+@pytest.fixture(scope="module")
+def words() -> DnDPipeline:
+    pipe = DnDPipeline.from_pretrained(bundled_checkpoint("words"))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_words_names_its_classes_and_makes_pictures_of_its_size(words):
+    assert list(words.transformer.config.id2label.values()) == list(WORDS)
+    images = words(["QUEEN", "TIGER"], generator=torch.Generator().manual_seed(0)).images
+    assert [image.size for image in images] == [(128, 32)] * 2
+
+
+def test_words_pictures_depend_on_their_own_seed_alone(words):
+    def codes(seeds):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return words([seed % 100 for seed in seeds], generator=generators, output_type="codes").images
+
+    assert torch.equal(codes([3, 141, 59])[1:2], codes([141]))
+
+
+def test_words_takes_at_most_ten_megabytes():
+    files = [path for path in Path(bundled_checkpoint("words")).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 10_000_000
+
+
+def test_words_is_weights_and_json():
+    suffixes = {path.suffix for path in Path(bundled_checkpoint("words")).rglob("*") if path.is_file()}
+    assert suffixes == {".json", ".safetensors"}
