@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers.utils import is_liger_kernel_available
 
-from dnd_hf.models import modeling_dnd
-from dnd_hf.models.modeling_dnd import summed_cross_entropy
 from dnd_hf.models.residual_quantizer import ResidualQuantizer
+from dnd_hf.ops import linear_cross_entropy
+from dnd_hf.ops.linear_cross_entropy import summed_cross_entropy
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -99,7 +99,7 @@ def test_codes_are_exact_where_products_are_rounded_to_tf32(precision):
 def test_the_cross_entropy_of_gpus_is_that_of_pytorch(liger, monkeypatch):
     if liger and not is_liger_kernel_available():
         pytest.skip("liger-kernel is not installed")
-    monkeypatch.setattr(modeling_dnd, "_liger_runs", lambda hidden: liger)
+    monkeypatch.setattr(linear_cross_entropy, "_liger_runs", lambda hidden: liger)
     torch.manual_seed(0)
     hidden, weight = torch.randn(700, 64, device="cuda"), torch.randn(3000, 64, device="cuda") / 8
     targets = torch.randint(3000, (700,), device="cuda").masked_fill(torch.arange(700, device="cuda") % 5 == 0, -100)

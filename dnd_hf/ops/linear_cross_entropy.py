@@ -1,0 +1,74 @@
+"""Cross-entropy of a linear layer's outputs without ever holding them all: piece by piece, or by Liger's kernel."""
+
+from importlib import import_module
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.utils import is_liger_kernel_available
+
+
+LOGITS_AT_ONCE = 2**24
+"""How many logits are computed at a time: 64 MiB in float32."""
+
+
+def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of `hidden @ weight.T`, in nats and summed over the rows, in little memory.
+
+    On CUDA, where Liger is installed, its fused kernel; elsewhere [`LinearCrossEntropy`].
+
+    Args:
+        hidden: `(rows, hidden_size)`.
+        weight: `(vocab_size, hidden_size)`.
+        targets: `(rows,)` integers in `[0, vocab_size)`; -100 leaves a row out.
+
+    Returns:
+        Scalar, float32.
+    """
+    if _liger_runs(hidden):
+        liger = import_module("liger_kernel.transformers")  # no statement, which remote code would have to have
+        return liger.LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, targets)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if not torch.is_grad_enabled():
+        weight = weight.detach()
+    return LinearCrossEntropy.apply(hidden, weight, targets)
+
+
+def _liger_runs(hidden: Tensor) -> bool:
+    return hidden.is_cuda and is_liger_kernel_available()
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """[`summed_cross_entropy`] in pieces, so that at most `LOGITS_AT_ONCE` logits exist at a time.
+
+    The gradients are made from the logits as soon as these are there, as in Liger's kernel (arXiv 2410.10989, Section
+    3.2), so nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        of_hidden, of_weight = [], None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        size = max(1, LOGITS_AT_ONCE // len(weight))
+        for rows, goals in zip(hidden.split(size), targets.split(size)):
+            log_probs = F.linear(rows, weight).float().log_softmax(-1)
+            total += F.nll_loss(log_probs, goals, reduction="sum")
+            if not any(ctx.needs_input_grad):
+                continue
+            counted = (goals != -100).to(rows.dtype)[:, None]
+            goals = goals.clamp(min=0)[:, None]
+            errors = log_probs.exp_().scatter_add_(1, goals, log_probs.new_full(goals.shape, -1)).to(rows.dtype)
+            if ctx.needs_input_grad[0]:
+                of_hidden.append(errors @ weight * counted)
+            if ctx.needs_input_grad[1]:
+                of_piece = errors.T @ (rows * counted)
+                of_weight = of_piece if of_weight is None else of_weight.float().add_(of_piece)
+        ctx.save_for_backward(torch.cat(of_hidden) if of_hidden else None, of_weight)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale: Tensor) -> tuple[Tensor | None, ...]:
+        return *(None if gradient is None else gradient * scale for gradient in ctx.saved_tensors), None
