@@ -39,9 +39,9 @@ from dnd_hf.evaluation.generation import (
     sample_images,
     write_npz,
 )
+from dnd_hf.evaluation.images import SampleImages, read_batches
 from dnd_hf.evaluation.ocr import OCR_PROMPT, OCREngine, load_ocr_engine
 from dnd_hf.evaluation.perplexity import LanguageModel, evaluate_ppl_ocr
-from dnd_hf.evaluation.pictures import SampleImages, read_batches
 from dnd_hf.evaluation.reconstruction import check_depths, evaluate_reconstruction
 from dnd_hf.evaluation.reports import (
     environment,
@@ -56,7 +56,7 @@ from dnd_hf.evaluation.rocr import evaluate_rocr
 from dnd_hf.evaluation.words import REAL_SEED, evaluate_words
 from dnd_hf.figures import import_figure
 from dnd_hf.generation.sampling import GUIDANCE_SCHEDULES
-from dnd_hf.training.losses import PerceptualLoss
+from dnd_hf.ops.perceptual_loss import PerceptualLoss
 
 
 RECONSTRUCTION_CURVES = ("psnr", "ssim", "l2", "lpips", "rfid")

@@ -22,8 +22,9 @@ from dnd_hf import RQVAE
 from dnd_hf.arguments import TrainingArguments, parse_arguments
 from dnd_hf.data.images import as_size, check_stride, collate_images, to_images
 from dnd_hf.evaluation.reconstruction import code_perplexity
+from dnd_hf.ops.perceptual_loss import PerceptualLoss
 from dnd_hf.training.discriminator import PatchDiscriminator
-from dnd_hf.training.losses import PerceptualLoss, adaptive_weight, hinge_discriminator_loss, hinge_generator_loss
+from dnd_hf.training.losses import adaptive_weight, hinge_discriminator_loss, hinge_generator_loss
 from dnd_hf.training.run import TrainingRun
 from dnd_hf.training.throughput import tokenizer_training_flops
 

@@ -26,7 +26,7 @@ from .features import (
     inception_score,
     precision_recall,
 )
-from .pictures import Failure, read_batches, to_levels
+from .images import Failure, read_batches, to_levels
 
 
 def fingerprint(pipeline: DnDPipeline) -> str:

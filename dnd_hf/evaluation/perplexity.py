@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dnd_hf.data.images import to_images
 
+from .images import Failure, read_batches
 from .ocr import OCREngine, try_to_read
-from .pictures import Failure, read_batches
 
 
 class TextScore(NamedTuple):

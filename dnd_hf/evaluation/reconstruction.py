@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from dnd_hf.models.autoencoder_rqvae import RQVAE
 
 from .features import GaussianStatistics, frechet_distance
-from .pictures import read_batches, to_levels
+from .images import read_batches, to_levels
 
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

@@ -8,8 +8,8 @@ from torch.utils.data import Dataset
 from dnd_hf.data.images import to_images
 from dnd_hf.models.autoencoder_rqvae import RQVAE
 
+from .images import Failure, read_batches
 from .ocr import OCREngine, compare_texts, import_text_measures, try_to_read
-from .pictures import Failure, read_batches
 from .reconstruction import check_depths
 
 

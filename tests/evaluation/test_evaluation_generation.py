@@ -20,7 +20,7 @@ from dnd_hf.evaluation.generation import (
     sample_images,
     write_npz,
 )
-from dnd_hf.evaluation.pictures import SampleImages, read_batches
+from dnd_hf.evaluation.images import SampleImages, read_batches
 
 
 def pixels(files) -> np.ndarray:
