@@ -16,9 +16,8 @@ from typing import Literal
 import torch
 from transformers.hf_argparser import HfArg
 
-from dnd_hf import convert_rqvae, convert_transformer
 from dnd_hf.arguments import parse_arguments
-from dnd_hf.conversion.pipeline import convert_pipeline, export_original
+from dnd_hf.conversion import convert_pipeline, convert_rqvae, convert_transformer, export_original
 from dnd_hf.files import new_folder
 
 

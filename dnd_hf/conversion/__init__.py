@@ -1,6 +1,8 @@
 """Official checkpoints in, this package's models out, and back again."""
 
-from .pipeline import convert_pipeline, convert_rqvae, convert_transformer, export_original
+from .pipeline import convert_pipeline, export_original
+from .tokenizer import convert_rqvae
+from .transformer import convert_transformer
 
 
 __all__ = ["convert_pipeline", "convert_rqvae", "convert_transformer", "export_original"]

@@ -18,7 +18,8 @@ from fixtures.make_official_cases import random_weights
 from safetensors.torch import load_file
 
 from dnd_hf import RQVAE, DnDConfig, DnDForImageGeneration, DnDPipeline, convert_rqvae, convert_transformer
-from dnd_hf.conversion.pipeline import PAPER_SAMPLING, convert_pipeline, export_original
+from dnd_hf.conversion import convert_pipeline, export_original
+from dnd_hf.conversion.transformer import PAPER_SAMPLING
 from dnd_hf.files import new_folder
 
 
