@@ -5,6 +5,8 @@ import tempfile
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 # Before huggingface_hub is imported: no test needs the network, and code of saved pipelines leaves nothing behind.
@@ -14,6 +16,25 @@ os.environ["HF_MODULES_CACHE"] = MODULES_CACHE.name
 
 
 NO_DROPOUT = dict(embedding_dropout=0.0, residual_dropout=0.0, mlp_dropout=0.0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Inside, `numel` is the most elements that any result of an operation had."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.numel = max(
+            [self.numel, *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))]
+        )
+        return result
+
+
+@pytest.fixture
+def largest_tensor():
+    """A class; inside `with largest_tensor() as largest` it records how large the results of operations are."""
+    return LargestTensor
 
 
 @pytest.fixture

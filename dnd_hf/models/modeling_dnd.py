@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.utils import ModelOutput
 
 from ..generation.sampling import DnDGenerationMixin
-from ..ops.linear_cross_entropy import summed_cross_entropy
+from ..ops.linear_cross_entropy import head_cross_entropy
 from .configuration_dnd import DnDConfig
 
 
@@ -132,7 +132,7 @@ class DnDForImageGeneration(DnDGenerationMixin, PreTrainedModel):
                 training mode replaces a share `class_dropout_prob` of them.
             codes: `(batch, height, width, depth)` integers in `[0, vocab_size)`.
             labels: the targets, same shape; -100 leaves a code out of the loss.
-            output_logits: False computes the loss piece by piece ([`summed_cross_entropy`]), so that the logits, the
+            output_logits: False computes the loss piece by piece ([`head_cross_entropy`]), so that the logits, the
                 largest tensors of a training step, are never held as a whole.
 
         Raises:
@@ -167,7 +167,7 @@ class DnDForImageGeneration(DnDGenerationMixin, PreTrainedModel):
             if output_logits and targets:
                 sums.append(F.cross_entropy(logits[k].flatten(0, 1).float(), targets[k], reduction="sum"))
             elif targets:
-                sums.append(summed_cross_entropy(hidden_BLC.flatten(0, 1), self.head(k).weight, targets[k]))
+                sums.append(head_cross_entropy(self.head(k), hidden_BLC.flatten(0, 1), targets[k], config.vocab_size))
             return codes_BLD[..., k]
 
         self.run_layers(hidden_BLC, teach, self.layers, position_embeddings=rotary, attention_mask=mask)

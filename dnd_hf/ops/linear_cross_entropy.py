@@ -4,12 +4,52 @@ from importlib import import_module
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.utils import is_liger_kernel_available
 
 
 LOGITS_AT_ONCE = 2**24
 """How many logits are computed at a time: 64 MiB in float32."""
+
+
+def head_cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """Cross-entropy of `head(hidden)`, in nats and summed over the rows, in little memory.
+
+    A plain `nn.Linear` gives its weight to [`summed_cross_entropy`]. Everything else (an adapter, quantized weights,
+    hooks, a bias) is called as the module that it is, `LOGITS_AT_ONCE` logits at a time; for the gradients each piece
+    is then computed again in the backward pass.
+
+    Args:
+        head: makes `(rows, vocab_size)` logits of `(rows, hidden_size)`.
+        hidden: `(rows, hidden_size)`.
+        targets: `(rows,)` integers in `[0, vocab_size)`; -100 leaves a row out.
+        vocab_size: logits of a row.
+
+    Returns:
+        Scalar, float32.
+    """
+    if is_plain_linear(head):
+        return summed_cross_entropy(hidden, head.weight, targets)
+
+    def of_piece(rows: Tensor, goals: Tensor) -> Tensor:
+        return F.cross_entropy(head(rows).float(), goals, reduction="sum")
+
+    size = max(1, LOGITS_AT_ONCE // vocab_size)
+    pieces = zip(hidden.split(size), targets.split(size))
+    return torch.stack([checkpoint(of_piece, *piece, use_reentrant=False) for piece in pieces]).sum()
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether calling the layer does nothing but multiply by its weight, a dense tensor."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight) in (nn.Parameter, Tensor)
+        and layer.bias is None
+        and not any(hooks)
+        and "forward" not in vars(layer)  # as accelerate's hooks replace it
+    )
 
 
 def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

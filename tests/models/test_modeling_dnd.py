@@ -5,9 +5,6 @@ import math
 import pytest
 import torch
 from scipy.stats import binomtest
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import Trainer, TrainingArguments
 
 from dnd_hf import DnDForImageGeneration
@@ -194,20 +191,11 @@ def test_without_labels_there_is_no_loss_and_a_tuple_comes_on_request(make_model
     assert loss.shape == () and depth_losses.shape == (2,)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Inside, `numel` is the most elements that any result of an operation had."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor))])
-        return result
-
-
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_the_loss_without_logits_is_the_same_in_small_pieces(mode, tied, make_model, make_inputs, monkeypatch):
+def test_the_loss_without_logits_is_the_same_in_small_pieces(
+    mode, tied, make_model, make_inputs, largest_tensor, monkeypatch
+):
     model = make_model(depth_mode=mode, vocab_size=300, tie_prediction_heads=tied)
     labels, codes = make_inputs(model, batch=5)
     targets = codes.masked_fill(codes == codes[0, 0, 0, 0], -100)
@@ -215,7 +203,7 @@ def test_the_loss_without_logits_is_the_same_in_small_pieces(mode, tied, make_mo
     for options in ({}, {"output_logits": False}):
         monkeypatch.setattr(linear_cross_entropy, "LOGITS_AT_ONCE", 7 * 300)
         model.zero_grad()
-        with LargestTensor() as largest:
+        with largest_tensor() as largest:
             output = model(labels, codes, labels=targets, **options)
             output.loss.backward()
         results.append((output, largest.numel, [parameter.grad for parameter in model.parameters()]))

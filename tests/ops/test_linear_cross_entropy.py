@@ -9,10 +9,11 @@ from textwrap import dedent
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers.utils import is_liger_kernel_available
 
 from dnd_hf.ops import linear_cross_entropy
-from dnd_hf.ops.linear_cross_entropy import summed_cross_entropy
+from dnd_hf.ops.linear_cross_entropy import head_cross_entropy, is_plain_linear, summed_cross_entropy
 
 
 @pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)])
@@ -78,3 +79,58 @@ def test_a_loss_that_no_code_counts_in_is_zero():
     loss = summed_cross_entropy(hidden, torch.randn(50, 16), torch.full((4,), -100))
     loss.backward()
     assert loss == 0 and not hidden.grad.any()
+
+
+class Scaled(nn.Linear):
+    def forward(self, rows):
+        return 2 * super().forward(rows)
+
+
+class TaggedWeight(torch.Tensor):
+    """A tensor subclass, as quantized weights are."""
+
+
+def odd_heads() -> dict[str, nn.Module]:
+    """Heads of 16 inputs and 50 outputs that are more than a product with their `weight`."""
+    heads = {name: nn.Linear(16, 50, bias=False) for name in ("hook", "pre-hook", "parametrized", "replaced", "tagged")}
+    heads["hook"].register_forward_hook(lambda module, args, logits: logits + logits.cos())
+    heads["pre-hook"].register_forward_pre_hook(lambda module, args: (args[0].sin(),))
+    nn.utils.parametrizations.weight_norm(heads["parametrized"])
+    plain = heads["replaced"].forward
+    heads["replaced"].forward = lambda rows: plain(rows.sin())
+    heads["tagged"].weight = nn.Parameter(heads["tagged"].weight.detach().as_subclass(TaggedWeight))
+    heads["bias"] = nn.Linear(16, 50)
+    heads["subclass"] = Scaled(16, 50, bias=False)
+    heads["two layers"] = nn.Sequential(nn.Linear(16, 4, bias=False), nn.Linear(4, 50, bias=False))
+    return heads
+
+
+@pytest.mark.parametrize("name", odd_heads())
+def test_a_head_that_is_no_plain_layer_is_called_in_pieces_and_learns(name, largest_tensor, monkeypatch):
+    torch.manual_seed(0)
+    head, hidden = odd_heads()[name], torch.randn(33, 16, requires_grad=True)
+    targets = torch.randint(50, (33,)).masked_fill(torch.arange(33) % 4 == 1, -100)
+    monkeypatch.setattr(linear_cross_entropy, "LOGITS_AT_ONCE", 10 * 50)
+    with largest_tensor() as largest:
+        loss = head_cross_entropy(head, hidden, targets, 50)
+        loss.backward()
+    assert largest.numel <= 16 * 50 < 33 * 50  # a weight at most, never all logits
+    trained = [hidden, *head.parameters()]
+    gradients = [tensor.grad.clone() for tensor in trained]
+    for tensor in trained:
+        tensor.grad = None
+    expected = F.cross_entropy(head(hidden), targets, reduction="sum")
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    for gradient, tensor in zip(gradients, trained, strict=True):
+        torch.testing.assert_close(gradient, tensor.grad, rtol=1e-5, atol=1e-6)
+    assert all(gradient.any() for gradient in gradients)
+
+
+def test_a_plain_layer_is_never_called(monkeypatch):
+    head = nn.Linear(16, 50, bias=False)
+    assert is_plain_linear(head) and not any(is_plain_linear(odd) for odd in odd_heads().values())
+    targets, hidden = torch.arange(5), torch.randn(5, 16)
+    assert torch.equal(
+        head_cross_entropy(head, hidden, targets, 50), summed_cross_entropy(hidden, head.weight, targets)
+    )

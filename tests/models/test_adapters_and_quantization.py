@@ -1,0 +1,53 @@
+"""Proves the model with layers that are not its own: adapters of PEFT and int8 weights of torchao."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+from dnd_hf.ops import linear_cross_entropy
+
+
+def losses_and_gradients(model, labels, codes, monkeypatch):
+    """The loss by way of the logits and without them, each with its gradients."""
+    monkeypatch.setattr(linear_cross_entropy, "LOGITS_AT_ONCE", 50)  # few rows a piece
+    results = []
+    for output_logits in (True, False):
+        model.zero_grad()
+        loss = model(labels, codes, labels=codes, output_logits=output_logits).loss
+        loss.backward()
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        results.append((loss.detach(), {name: parameter.grad for name, parameter in trained.items()}))
+    return results
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_lora_on_the_heads_learns_from_the_loss_without_logits(tied, make_model, make_inputs, monkeypatch):
+    model = make_model(tie_prediction_heads=tied)
+    labels, codes = make_inputs(model)
+    without_adapter = model(labels, codes, labels=codes).loss
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=r"heads\.\d+", init_lora_weights=False))
+    (loss, gradients), (other_loss, others) = losses_and_gradients(adapted, labels, codes, monkeypatch)
+    assert (loss - without_adapter).abs() > 1e-3
+    torch.testing.assert_close(other_loss, loss, rtol=1e-6, atol=0)
+    assert len(gradients) == (2 if tied else 4) and all("lora" in name for name in gradients)
+    for name, gradient in gradients.items():
+        assert gradient.abs().max() > 1e-4
+        torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_int8_weights_give_one_loss_with_and_without_logits_near_that_of_float32(make_model, make_inputs, monkeypatch):
+    model = make_model()
+    labels, codes = make_inputs(model)
+    quantized = copy.deepcopy(model)
+    quantize_(quantized, Int8WeightOnlyConfig())
+    assert type(quantized.heads[0].weight) is not type(model.heads[0].weight)
+    (loss, gradients), (other_loss, others) = losses_and_gradients(quantized, labels, codes, monkeypatch)
+    assert other_loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    exact = model(labels, codes, labels=codes).loss.item()
+    assert loss.item() != exact and loss.item() == pytest.approx(exact, rel=0.01)
+    name = "embed_tokens.weight"  # not quantized
+    torch.testing.assert_close(others[name], gradients[name], rtol=1e-4, atol=1e-6)
