@@ -1,11 +1,12 @@
-"""Proves the model with layers that are not its own: adapters of PEFT and int8 weights of torchao."""
+"""Proves the model with layers that are not its own: adapters of PEFT and int8 weights, torchao's where it is there."""
 
 import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from torch import Tensor, nn
 
 from dnd_hf.ops import linear_cross_entropy
 
@@ -39,11 +40,50 @@ def test_lora_on_the_heads_learns_from_the_loss_without_logits(tied, make_model,
         torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-7)
 
 
-def test_int8_weights_give_one_loss_with_and_without_logits_near_that_of_float32(make_model, make_inputs, monkeypatch):
+class Int8Weight(Tensor):
+    """An int8 weight with a scale for each row, which knows of no operation but the linear layer's, as torchao's."""
+
+    @staticmethod
+    def __new__(cls, weight: Tensor):
+        return Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, requires_grad=False)
+
+    def __init__(self, weight: Tensor):
+        self.scale = weight.abs().amax(1, keepdim=True) / 127
+        self.rounded = (weight / self.scale).round().to(torch.int8)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is F.linear:
+            inputs, weight, *bias = args
+            return F.linear(inputs, weight.rounded * weight.scale, *bias)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(f"{function} of int8 weights")
+
+
+def by_hand(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(Int8Weight(module.weight.detach()), requires_grad=False)
+
+
+def by_torchao(model: nn.Module) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+
+
+@pytest.mark.parametrize("quantize", [by_hand, by_torchao])
+def test_int8_weights_give_the_same_loss_with_and_without_logits_near_that_of_float32(
+    quantize, make_model, make_inputs, monkeypatch
+):
     model = make_model()
     labels, codes = make_inputs(model)
     quantized = copy.deepcopy(model)
-    quantize_(quantized, Int8WeightOnlyConfig())
+    quantize(quantized)
     assert type(quantized.heads[0].weight) is not type(model.heads[0].weight)
     (loss, gradients), (other_loss, others) = losses_and_gradients(quantized, labels, codes, monkeypatch)
     assert other_loss.item() == pytest.approx(loss.item(), rel=1e-6)
