@@ -1,4 +1,4 @@
-"""Griffe extension: [`Name`] in a docstring, the way transformers and diffusers write it, becomes a link to the object."""
+"""Griffe extension: [`Name`] in a docstring, as transformers and diffusers write it, becomes a link to the object."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""docs/training.md: its commands lead from a folder of pictures to a published pipeline."""
+"""docs/training.md: its commands lead from a folder of images to a published pipeline."""
 
 import os
 import re
@@ -18,10 +18,10 @@ SHORTER = "--max_train_steps 2 --train_batch_size 4 --num_validation_images 4 --
 LAUNCHERS = {"accelerate launch": f"{sys.executable} -m accelerate.commands.launch --cpu", "python": sys.executable}
 
 
-def test_the_commands_lead_from_pictures_to_a_published_pipeline(tmp_path):
+def test_the_commands_lead_from_images_to_a_published_pipeline(tmp_path):
     words = WordImages(16, height=64, width=96)
     for i in range(16):
-        path = tmp_path / "pictures" / ("cat", "dog")[i % 2] / f"{i:03d}.png"
+        path = tmp_path / "my-images" / ("cat", "dog")[i % 2] / f"{i:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         words[i]["image"].save(path)
     (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
