@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 from transformers import AutoConfig, AutoModel
 
 from .models.configuration_dnd import DnDConfig
+from .models.configuration_rq_transformer import RQTransformerConfig
 from .models.modeling_dnd import DnDForImageGeneration, DnDOutput
+from .models.modeling_rq_transformer import RQTransformerForImageGeneration, RQTransformerOutput
 
 
 if TYPE_CHECKING:
@@ -26,10 +28,20 @@ _LAZY = {
     "conversion": ("convert_rqvae", "convert_transformer"),
 }
 _MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
-__all__ = ["DnDConfig", "DnDForImageGeneration", "DnDOutput", *_MODULE_OF]
+__all__ = [
+    "DnDConfig",
+    "DnDForImageGeneration",
+    "DnDOutput",
+    "RQTransformerConfig",
+    "RQTransformerForImageGeneration",
+    "RQTransformerOutput",
+    *_MODULE_OF,
+]
 
 AutoConfig.register(DnDConfig.model_type, DnDConfig)
 AutoModel.register(DnDConfig, DnDForImageGeneration)
+AutoConfig.register(RQTransformerConfig.model_type, RQTransformerConfig)
+AutoModel.register(RQTransformerConfig, RQTransformerForImageGeneration)
 
 
 def __getattr__(name: str):

@@ -121,3 +121,47 @@ def make_pipeline(make_model, make_vae):
         return pipe
 
     return make
+
+
+@pytest.fixture
+def make_rq_model():
+    """A function that makes a tiny RQ-Transformer in eval mode without dropout, every weight random."""
+    from dnd_hf import RQTransformerConfig, RQTransformerForImageGeneration
+
+    def make(seed: int = 0, **overrides) -> RQTransformerForImageGeneration:
+        sizes = dict(
+            vocab_size=11,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_depth_layers=2,
+            num_attention_heads=2,
+            grid_size=(2, 3),
+            code_depth=3,
+            code_vector_size=5,
+            residual_dropout=0.0,
+        )
+        if not overrides.get("prompt_length"):
+            sizes["num_classes"] = 4
+        model = RQTransformerForImageGeneration(RQTransformerConfig(**{**sizes, **overrides})).eval()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, weight in model.state_dict().items():
+                noise = torch.randn(weight.shape, generator=generator)
+                weight.copy_(1 + 0.2 * noise if "norm" in name and weight.ndim == 1 else 0.4 * noise)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def make_rq_inputs():
+    """A function that makes the first argument of an RQ-Transformer, classes or prompts, and random codes."""
+
+    def make(model, batch: int = 2, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        config, generator = model.config, torch.Generator().manual_seed(seed)
+        shape = (batch, config.prompt_length) if config.prompt_length else (batch,)
+        conditions = torch.randint(config.num_conditions, shape, generator=generator)
+        codes_shape = (batch, *config.grid_size, config.code_depth)
+        return conditions, torch.randint(config.vocab_size, codes_shape, generator=generator)
+
+    return make

@@ -1,0 +1,176 @@
+"""RQTransformerConfig: the shape of an RQ-Transformer and everything its checkpoint must remember."""
+
+from transformers import PreTrainedConfig
+
+
+RQ_TRANSFORMER_SIZES = {  # arXiv 2203.01941, Table 6 and the published models; name: (body, depth layers, width, heads)
+    "355M": (24, 4, 1024, 16),  # with 2048 codes; 370M with 16384
+    "480M": (12, 4, 1536, 24),
+    "612M": (26, 4, 1280, 20),  # without classes; 654M with 16384 text tokens
+    "821M": (24, 4, 1536, 24),
+    "1.4B": (42, 6, 1536, 24),
+    "3.8B": (42, 6, 2560, 40),
+}
+RQ_TRANSFORMER_ACTIVATIONS = ("gelu", "quick_gelu")
+
+
+class RQTransformerConfig(PreTrainedConfig):
+    """Configuration of a [`RQTransformerForImageGeneration`]. The defaults are the paper's 1.4B model for ImageNet.
+
+    What the model is conditioned on: class labels; a text of `prompt_length` tokens; or nothing, which is one class.
+
+    Args:
+        vocab_size: codebook size N of the tokenizer.
+        hidden_size: width of both stacks.
+        num_hidden_layers: blocks of the body, which runs over the grid cells.
+        num_depth_layers: blocks of the depth stack, which runs over the codes of one cell.
+        num_attention_heads: heads of the body.
+        num_depth_attention_heads: heads of the depth stack; `None`: as many.
+        intermediate_size: width of the MLPs; `None`: `4 * hidden_size`.
+        hidden_act: `"gelu"` (the original's `v1`) or `"quick_gelu"`, `x * sigmoid(1.702 x)` (`v2`), in the body.
+        depth_hidden_act: the same in the depth stack; `None`: as in the body.
+        grid_size: (height, width) of the code grid; an int means a square.
+        code_depth: residual codes of a cell, d.
+        num_classes: class labels lie in `[0, num_classes)`; 1: unconditional; `None`: 1000, or 0 with a prompt.
+        class_dropout_prob: share of training samples whose class or prompt becomes the null one; 0: there is none, so
+            no guidance.
+        prompt_length: text tokens T before the image; 0: class labels.
+        prompt_vocab_size: number of text tokens.
+        prompt_loss_weight: share of the text in the loss; the image has the rest.
+        code_vector_size: dimensions of the tokenizer's code vectors, which the model keeps.
+        body_reads_code_vectors: the body reads projected code vectors; `False`: embeddings of its own.
+        depth_reads_code_vectors: the same for the depth stack.
+        sum_code_vectors: the depth stack reads the sum of the first k code vectors; `False`: the k-th.
+        shared_codebook: the tokenizer has one codebook for all depths.
+        tie_code_embeddings: one table of own embeddings for all depths.
+        tie_prediction_heads: one output layer for all depths.
+        embedding_dropout: dropout of the tokens of the body.
+        residual_dropout: dropout of the outputs of attention and MLP.
+        attention_dropout: dropout of the attention weights.
+        layer_norm_eps: epsilon of the layer norms.
+        initializer_range: standard deviation of the initial weights.
+        id2label: names of the classes, `{0: "tench", ...}`.
+
+    Raises:
+        ValueError: a value that no model can have; the message names it and what is allowed.
+    """
+
+    model_type = "rq_transformer"
+
+    vocab_size: int = 16384
+    hidden_size: int = 1536
+    num_hidden_layers: int = 42
+    num_depth_layers: int = 6
+    num_attention_heads: int = 24
+    num_depth_attention_heads: int | None = None
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+    depth_hidden_act: str | None = None
+    grid_size: tuple[int, int] | list[int] | int = (8, 8)
+    code_depth: int = 4
+    num_classes: int | None = None
+    class_dropout_prob: float = 0.0
+    prompt_length: int = 0
+    prompt_vocab_size: int = 0
+    prompt_loss_weight: float = 0.1
+    code_vector_size: int = 256
+    body_reads_code_vectors: bool = True
+    depth_reads_code_vectors: bool = True
+    sum_code_vectors: bool = True
+    shared_codebook: bool = True
+    tie_code_embeddings: bool = True
+    tie_prediction_heads: bool = True
+    embedding_dropout: float = 0.0
+    residual_dropout: float = 0.1
+    attention_dropout: float = 0.0
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.num_depth_attention_heads is None:
+            self.num_depth_attention_heads = self.num_attention_heads
+        if self.depth_hidden_act is None:
+            self.depth_hidden_act = self.hidden_act
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        self._check_sizes()
+        self._check_condition()
+        grid_size = (self.grid_size,) * 2 if isinstance(self.grid_size, int) else tuple(self.grid_size)
+        if len(grid_size) != 2 or min(grid_size) < 1:
+            raise ValueError(f"`grid_size` must be a positive (height, width), got {self.grid_size}.")
+        self.grid_size = list(grid_size)
+        kwargs["num_labels"] = self.num_classes
+        super().__post_init__(**kwargs)
+
+    def _check_sizes(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_depth_layers", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.code_depth < 1:
+            raise ValueError(f"`code_depth` must be at least 1, got {self.code_depth}.")
+        if self.reads_code_vectors and self.code_vector_size < 1:
+            raise ValueError(f"`code_vector_size` must be at least 1, got {self.code_vector_size}.")
+        for name in ("num_attention_heads", "num_depth_attention_heads"):
+            if getattr(self, name) < 1 or self.hidden_size % getattr(self, name):
+                raise ValueError(f"`{name}` must divide `hidden_size` ({self.hidden_size}), got {getattr(self, name)}.")
+        for name in ("hidden_act", "depth_hidden_act"):
+            if getattr(self, name) not in RQ_TRANSFORMER_ACTIVATIONS:
+                raise ValueError(f"`{name}` must be one of {RQ_TRANSFORMER_ACTIVATIONS}, got {getattr(self, name)!r}.")
+        for name in ("class_dropout_prob", "embedding_dropout", "residual_dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
+
+    def _check_condition(self) -> None:
+        if self.num_classes is None:
+            self.num_classes = 0 if self.prompt_length else 1000
+        if self.prompt_length < 0 or self.prompt_length == 1:
+            raise ValueError(f"`prompt_length` must be 0 (class labels) or at least 2, got {self.prompt_length}.")
+        if self.prompt_length and (self.num_classes or self.prompt_vocab_size < 1):
+            raise ValueError(
+                "With a prompt, `num_classes` must be 0 and `prompt_vocab_size` at least 1, got"
+                f" {self.num_classes} and {self.prompt_vocab_size}."
+            )
+        if not self.prompt_length and (self.num_classes < 1 or self.prompt_vocab_size):
+            raise ValueError(
+                "Without a prompt, `num_classes` must be at least 1 and `prompt_vocab_size` 0, got"
+                f" {self.num_classes} and {self.prompt_vocab_size}."
+            )
+        if not 0 <= self.prompt_loss_weight <= 1:
+            raise ValueError(f"`prompt_loss_weight` must lie in [0, 1], got {self.prompt_loss_weight}.")
+        if self.id2label is not None and len(self.id2label) != self.num_classes:
+            raise ValueError(f"`id2label` must name all {self.num_classes} classes, got {len(self.id2label)} names.")
+
+    @property
+    def reads_code_vectors(self) -> bool:
+        """Whether any stack reads the tokenizer's code vectors, so that the model keeps them."""
+        return self.body_reads_code_vectors or self.depth_reads_code_vectors
+
+    @property
+    def num_conditions(self) -> int:
+        """Number of class labels, or of text tokens; the id of the null one, where there is one."""
+        return self.prompt_vocab_size if self.prompt_length else self.num_classes
+
+    @property
+    def has_null_class(self) -> bool:
+        """Whether there is a learned null class or text token (its id is `num_conditions`), which guidance needs."""
+        return self.class_dropout_prob > 0
+
+    @property
+    def sequence_length(self) -> int:
+        """Cells of the grid, the number of passes through the body in one generation."""
+        return self.grid_size[0] * self.grid_size[1]
+
+    @classmethod
+    def from_size(cls, size: str, **kwargs) -> "RQTransformerConfig":
+        """The configuration of a published size: 355M, 480M, 612M, 821M, 1.4B or 3.8B, with classes by default.
+
+        `kwargs` override or add any argument, e.g. `RQTransformerConfig.from_size("480M", grid_size=16)`.
+        """
+        if size not in RQ_TRANSFORMER_SIZES:
+            raise ValueError(f"`size` must be one of {', '.join(RQ_TRANSFORMER_SIZES)}, got {size!r}.")
+        layers, depth_layers, width, heads = RQ_TRANSFORMER_SIZES[size]
+        defaults = dict(
+            num_hidden_layers=layers, num_depth_layers=depth_layers, hidden_size=width, num_attention_heads=heads
+        )
+        return cls(**{**defaults, **kwargs})
