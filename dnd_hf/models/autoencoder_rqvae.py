@@ -12,6 +12,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from .loading import LoadingMixin
 from .residual_quantizer import ResidualQuantizer
 
 
@@ -45,7 +46,7 @@ class RQVAEOutput(BaseOutput):
     commitment_loss: Tensor | None = None
 
 
-class RQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
+class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
     """Residual-quantized VAE: image `(batch, 3, H, W)` in [-1, 1] <-> codes `(batch, height, width, depth)`.
 
     The defaults are the paper's tokenizer for 256-pixel images (stride 16, 16,384 codes, arXiv 2410.01912, Section 4).
@@ -150,6 +151,11 @@ class RQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         self.grid_size = tuple(max(1, size // step) for size, step in zip((height, width), self.code_stride))
         self.tile_size = tuple(cells * step for cells, step in zip(self.grid_size, self.code_stride))  # pixels
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
+        # `auto_map` is for those who have no dnd_hf, and not an argument.
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     @apply_forward_hook
     def encode(self, images: Tensor, return_dict: bool = True) -> RQVAEEncoderOutput | tuple[Tensor, ...]:

@@ -162,3 +162,7 @@ class DnDConfig(PreTrainedConfig):
         layers, width, heads = SIZES[size]
         defaults = dict(num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads)
         return cls(**{**defaults, **kwargs})
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Does nothing, see [`LoadingMixin.register_for_auto_class`]."""

@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput
 from ..generation.sampling import DnDGenerationMixin
 from ..ops.linear_cross_entropy import head_cross_entropy
 from .configuration_dnd import DnDConfig
+from .loading import LoadingMixin
 
 
 @dataclass
@@ -68,7 +69,7 @@ class DnDDecoderLayer(LlamaDecoderLayer):
         return hidden_states + self.drop_path(self.mlp_dropout(mlp))
 
 
-class DnDForImageGeneration(DnDGenerationMixin, PreTrainedModel):
+class DnDForImageGeneration(LoadingMixin, DnDGenerationMixin, PreTrainedModel):
     """DnD-Transformer (arXiv 2410.01912): a LLaMA decoder over a grid of residual codes.
 
     The sequence is the class token followed by one token a grid cell, the sum of the embeddings of its codes. At

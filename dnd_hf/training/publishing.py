@@ -11,10 +11,11 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from huggingface_hub import ModelCard, ModelCardData, auth_check, create_repo, get_token, upload_folder
+from transformers import AutoConfig
 
 from .. import __version__
 from ..arguments import TrainingArguments
-from ..pipelines.pipeline_dnd import model_card
+from ..pipelines.model_cards import pipeline_card, tokenizer_card, training_sections
 from .metrics import read_metrics
 
 
@@ -22,26 +23,6 @@ NOT_UPLOADED = "checkpoint-*"
 LIBRARIES = ("torch", "transformers", "diffusers", "accelerate", "datasets")
 PIPELINE_SAMPLES = "Samples of the classes in turn; their seeds are always the same."
 TOKENIZER_SAMPLES = "A row a picture: the original, then what its first 1, 2, ... codes decode to."
-TOKENIZER_CARD = """---
-library_name: diffusers
-tags:
-- dnd-transformer
-- rq-vae
----
-
-# {name}
-
-A tokenizer of pictures for the DnD-Transformer ([arXiv 2410.01912](https://arxiv.org/abs/2410.01912)): an RQ-VAE
-([arXiv 2203.01941](https://arxiv.org/abs/2203.01941)).
-
-```python
-from dnd_hf import RQVAE
-
-vqvae = RQVAE.from_pretrained("{name}")
-codes = vqvae.encode(images).codes  # (batch, 3, H, W) in [-1, 1] -> (batch, height, width, depth)
-vqvae.decode_codes(codes).sample
-```
-"""
 
 
 def open_repository(args: TrainingArguments) -> str | None:
@@ -79,7 +60,7 @@ def write_model_card(
     """
     folder, name = Path(args.output_dir), repo_id or args.hub_name
     is_pipeline = (folder / "model_index.json").is_file()
-    card = ModelCard(model_card(name) if is_pipeline else TOKENIZER_CARD.format(name=name))
+    card = ModelCard(pipeline_card(name, _num_classes(folder)) if is_pipeline else tokenizer_card(name))
     pretrained = getattr(args, "pretrained_transformer", None) or getattr(args, "pretrained_vqvae", None)
     card.data.license = args.hub_license
     dataset, split = _source(args)
@@ -89,40 +70,23 @@ def write_model_card(
     metrics = read_metrics(folder / "metrics.jsonl")
     pictures = sorted(folder.glob("samples/step-*.png"), key=lambda path: int(re.sub(r"\D", "", path.stem)))[-1:]
     pictures += folder.glob("training_curves.png")
-    pictures = "\n".join(f"![{path.stem}]({path.relative_to(folder).as_posix()})" for path in pictures)
-    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     versions = ", ".join(f"{library} {version(library)}" for library in LIBRARIES)
-    card.text += f"""
-## Data
-
-{_describe(dataset, split)}, {num_train_samples:,} samples to train on.
-
-## Training
-
-```sh
-{_command(args)}
-```
-
-All other options have their defaults. {args.max_train_steps:,} steps of {samples_per_step} samples on
-{accelerator.num_processes} process(es), {accelerator.device.type}, mixed precision {accelerator.mixed_precision};
-Python {platform.python_version()}, dnd_hf {__version__}, {versions}.
-
-## Metrics
-
-On samples held out of training, averaged weights, after step {metrics[-1]["step"] if metrics else 0:,}:
-
-{_metrics_table(metrics)}
-
-## Pictures
-
-{PIPELINE_SAMPLES if is_pipeline else TOKENIZER_SAMPLES}
-
-{pictures}
-
-## Licence
-
-Weights: {args.hub_license or "not stated"}. The code of dnd_hf, also where it lies beside them: Apache-2.0.
-"""
+    card.text += training_sections(
+        data=_describe(dataset, split),
+        num_train_samples=num_train_samples,
+        command=_command(args),
+        max_train_steps=args.max_train_steps,
+        samples_per_step=args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
+        num_processes=accelerator.num_processes,
+        device=accelerator.device.type,
+        mixed_precision=accelerator.mixed_precision,
+        versions=f"Python {platform.python_version()}, dnd_hf {__version__}, {versions}",
+        step=metrics[-1]["step"] if metrics else 0,
+        metrics=_metrics_table(metrics),
+        caption=PIPELINE_SAMPLES if is_pipeline else TOKENIZER_SAMPLES,
+        images=[path.relative_to(folder).as_posix() for path in pictures],
+        license=args.hub_license,
+    )
     card.save(folder / "README.md")
 
 
@@ -142,6 +106,10 @@ def upload_run(folder: Path, repo_id: str) -> None:
             f"    hf upload {repo_id} {shlex.quote(str(folder))} --exclude '{NOT_UPLOADED}'\n"
         ) from error
     print(f"{folder} is on the Hub: {commit.commit_url}")
+
+
+def _num_classes(folder: Path) -> int:
+    return AutoConfig.from_pretrained(folder / "transformer").num_classes
 
 
 def _is_on_hub(name: str | None) -> bool:

@@ -1,9 +1,10 @@
-"""The bundled pipelines: complete, small, and with the code of this version."""
+"""The bundled pipelines: complete, small, and without code."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from dnd_hf import DnDPipeline, bundled_checkpoint
 from dnd_hf.data.words import WORDS
@@ -38,3 +39,15 @@ def test_words_takes_at_most_ten_megabytes():
 def test_words_is_weights_and_json():
     suffixes = {path.suffix for path in Path(bundled_checkpoint("words")).rglob("*") if path.is_file()}
     assert suffixes == {".json", ".safetensors"}
+
+
+def test_words_loads_by_diffusers_too_from_the_installed_package(words):
+    loaded = DiffusionPipeline.from_pretrained(bundled_checkpoint("words"), trust_remote_code=True)
+    assert type(loaded) is DnDPipeline
+    assert loaded.transformer.dtype == words.transformer.dtype == torch.float32
+    assert loaded.transformer.config.to_dict() == words.transformer.config.to_dict()
+
+
+def test_an_unknown_bundled_checkpoint_is_refused_with_those_that_exist():
+    with pytest.raises(ValueError, match=r"`name` must be one of \[.*\], got 'no such'"):
+        bundled_checkpoint("no such")

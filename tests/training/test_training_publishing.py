@@ -16,6 +16,7 @@ import torch
 from hub_stand_in import HubStandIn, Repository
 from huggingface_hub import ModelCard
 
+from dnd_hf import DnDConfig
 from dnd_hf.arguments import TrainingArguments, parse_arguments
 from dnd_hf.training.publishing import write_model_card
 from dnd_hf.training.run import TrainingRun
@@ -32,7 +33,7 @@ TRANSFORMER = (
     f"{DATA} {SHORT} --vqvae me/tokenizer --hidden_size 16 --num_hidden_layers 2 --num_attention_heads 2"
     " --num_samples 4 --lr_warmup_steps 0 --learning_rate 0.01 --output_dir words --push_to_hub"
 )
-CODE = {"pipeline.py", "transformer/modeling_dnd.py", "vqvae/autoencoder_rqvae.py"}
+CODE = {"pipeline.py", "modeling_dnd.py", "transformer/modeling_dnd.py", "vqvae/autoencoder_rqvae.py"}
 
 TRAIN_AND_PUBLISH = """
     import json, os, runpy, sys
@@ -272,6 +273,7 @@ class Arguments(TrainingArguments):
 def write_card(folder: Path, **options) -> ModelCard:
     """The card of a run of a pipeline with two lines of metrics and three sample grids."""
     (folder / "samples").mkdir()
+    DnDConfig(num_classes=5).save_pretrained(folder / "transformer")
     for name in ("samples/step-9.png", "samples/step-10.png", "samples/step-8.png", "model_index.json"):
         (folder / name).touch()
     lines = [
