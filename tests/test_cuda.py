@@ -129,3 +129,14 @@ def test_a_training_step_on_the_gpu_follows_that_on_the_cpu(make_model, make_inp
         gradients.append([parameter.grad.cpu() for parameter in model.parameters()])
     for on_cpu, on_gpu in zip(*gradients, strict=True):
         assert (on_gpu - on_cpu).abs().max() <= 1e-4 * on_cpu.abs().max()
+
+
+def test_images_that_are_not_finite_make_the_loss_nan_and_leave_the_codebook(make_vae):
+    vae = make_vae().cuda().train()
+    images = torch.rand(2, 3, 4, 6, device="cuda")
+    images[0, 0, 1, 1] = torch.nan
+    before = {name: tensor.clone() for name, tensor in vae.named_buffers()}
+    assert vae(images).commitment_loss.isnan()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in vae.named_buffers())
+    with pytest.raises(ValueError, match="`images` must be finite"):
+        vae.encode(images)

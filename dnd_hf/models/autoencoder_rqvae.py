@@ -12,6 +12,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from ..ops.checks import can_look, check_finite, check_integers
 from .loading import LoadingMixin
 from .residual_quantizer import ResidualQuantizer
 
@@ -161,9 +162,11 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
     def encode(self, images: Tensor, return_dict: bool = True) -> RQVAEEncoderOutput | tuple[Tensor, ...]:
         """Images `(batch, in_channels, H, W)` in [-1, 1], H and W multiples of `code_stride`, to latents and codes.
 
-        The codebooks are never updated here. Raises ValueError on any other image shape.
+        The codebooks are never updated here. Raises ValueError on any other image shape, and on images or weights whose
+        latents are not finite (a compiled graph does not look).
         """
         latents = self._encode(images)
+        _check_latents(latents, images)
         cells = self._to_cells(latents)
         codes = self.quantizer.encode(cells)
         losses = [F.mse_loss(cells.float(), self.quantizer.decode(codes, k + 1)) for k in range(codes.shape[-1])]
@@ -176,6 +179,7 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
     ) -> DecoderOutput | tuple[Tensor]:
         """Latents `(batch, vq_embed_dim, height, width)`, quantized first unless `force_not_quantize`, to images."""
         if not force_not_quantize:
+            check_finite("latents", latents)
             quantized = self.quantizer.decode(self.quantizer.encode(self._to_cells(latents)))
             latents = self._from_cells(quantized.to(latents.dtype))
         sample = self._decode(latents)
@@ -195,18 +199,12 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
             ValueError: codes of another shape, dtype or range, or a depth outside `[1, code_depth]`.
         """
         limit = self.config.code_depth
+        check_integers("codes", codes, self.config.num_vq_embeddings, wait=True)
         if codes.ndim != 4 or codes.shape[-1] != limit:
             raise ValueError(f"`codes` must be (batch, height, width, {limit}), got shape {tuple(codes.shape)}.")
-        if codes.is_floating_point() or codes.dtype == torch.bool:
-            raise ValueError(f"`codes` must be integers, got {codes.dtype}.")
         if depth is not None and not 1 <= depth <= limit:
             raise ValueError(f"`depth` must lie in [1, {limit}], got {depth}.")
-        codes = codes.long()
-        if not torch.compiler.is_compiling() and codes.numel():
-            low, high = (bound.item() for bound in codes.aminmax())
-            if low < 0 or high >= self.config.num_vq_embeddings:
-                raise ValueError(f"`codes` must lie in [0, {self.config.num_vq_embeddings}), got {low} to {high}.")
-        sample = self._decode(self._from_cells(self.quantizer.decode(codes, depth).to(self.dtype)))
+        sample = self._decode(self._from_cells(self.quantizer.decode(codes.long(), depth).to(self.dtype)))
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(
@@ -216,12 +214,19 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
 
         Without `quantize` the decoder gets the latents as they are, a warm-up of training: there are no codes then, the
         commitment loss is 0, and the codebooks stay as they were.
+
+        Images that are not finite are an error. Only in training mode on a GPU they make the outputs NaN instead, and
+        so the loss, with no wait for the device; the codebooks stay as they were then (see [`ResidualQuantizer`]).
         """
+        latents = self._encode(images)
+        if not self.training:
+            _check_latents(latents, images)
+        elif can_look(images):
+            check_finite("images", images)
         if not quantize:
-            latents = self._encode(images)
             output = RQVAEOutput(sample=self._decode(latents), codes=None, commitment_loss=latents.new_zeros(()))
             return output if return_dict else output.to_tuple()
-        quantized, codes, commitment_loss = self.quantizer(self._to_cells(self._encode(images)))
+        quantized, codes, commitment_loss = self.quantizer(self._to_cells(latents))
         output = RQVAEOutput(
             sample=self._decode(self._from_cells(quantized)), codes=codes, commitment_loss=commitment_loss
         )
@@ -261,6 +266,15 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         if self.use_tiling and (x.shape[2] > tile[0] or x.shape[3] > tile[1]):
             return _tiled(fn, x, tile, scale)
         return fn(x)
+
+
+def _check_latents(latents: Tensor, images: Tensor) -> None:
+    if torch.compiler.is_compiling() or latents.is_meta or latents.isfinite().all():
+        return
+    check_finite("images", images)
+    raise ValueError(
+        f"the latents of finite `images` are not finite: weights are broken or too large for {latents.dtype}."
+    )
 
 
 def _initialize(module: nn.Module) -> None:

@@ -1,90 +1,12 @@
-"""Residual vector quantization: nearest codes, EMA codebooks, restarts of unused codes."""
-
-import math
+"""Residual vector quantization: EMA codebooks, straight-through gradients, restarts of unused codes."""
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.packed_linear import PackedLinear
-
-
-# Elements of the (vectors x codebook) distance matrix that are held at a time: 8 MB of float32, which the caches of a
-# CPU hold, or 256 MB.
-DISTANCE_CHUNK, DISTANCE_CHUNK_GPU = 2**21, 2**26
-
-
-class NearestCodes:
-    """Search for the entries of a codebook that are nearest to vectors (Euclidean).
-
-    Distances are computed in float32, `chunk_elements` at a time. Where float32 rounding could decide between entries,
-    these are compared in float64, so the answer is that of an exact search and depends neither on the other vectors nor
-    on the chunk size, unless two exact distances agree to float64 rounding.
-
-    Args:
-        codebook: `(num_codes, dim)` float32; it must not change while this is in use.
-        chunk_elements: memory bound of one chunk of distances, in elements; default: by the kind of device.
-    """
-
-    @torch.no_grad()
-    def __init__(self, codebook: Tensor, chunk_elements: int | None = None):
-        self.codebook = codebook.float()
-        if chunk_elements is None:
-            chunk_elements = DISTANCE_CHUNK_GPU if codebook.is_cuda else DISTANCE_CHUNK
-        self.rows = max(1, chunk_elements // len(codebook))
-        # |v - c|^2 without |v|^2, which is the same for every entry, and halved: |c|^2 / 2 - v.c
-        squared_norms = self.codebook.square().sum(1)
-        self.largest_norm = squared_norms.max().sqrt()
-        self.scores = PackedLinear(-self.codebook, squared_norms / 2, self.rows)
-
-    @torch.no_grad()
-    def __call__(self, vectors: Tensor) -> Tensor:
-        """The indices `(n,)`, int64 in `[0, num_codes)`, for vectors `(n, dim)` of any floating dtype."""
-        codes = vectors.new_empty(len(vectors), dtype=torch.int64)
-        doubtful = vectors.new_empty(len(vectors), dtype=torch.bool)
-        with torch.autocast(vectors.device.type, enabled=False):
-            for start in range(0, len(vectors), self.rows):
-                chunk = slice(start, start + self.rows)
-                part = vectors[chunk].float()
-                lowest, codes[chunk] = _two_lowest(self.scores(part))
-                doubtful[chunk] = lowest[:, -1] <= lowest[:, 0] + self._margin(part)
-            again = doubtful.nonzero().squeeze(1)
-            for start in range(0, len(again), self.rows):
-                chunk = again[start : start + self.rows]
-                codes[chunk] = self._exactly(vectors[chunk].float())
-        return codes
-
-    def _margin(self, vectors: Tensor) -> Tensor:
-        # A score is off by up to (dim + 2) * 2^-24 * (|c|^2 / 2 + |v||c|), on a GPU that may round factors to TF32 by
-        # 2^-9 of that sum more; two may swap within twice that.
-        rounding = (vectors.shape[1] + 2) * 2.0**-24
-        if vectors.is_cuda and torch.get_float32_matmul_precision() != "highest":
-            rounding += 2.0**-9
-        return 2 * rounding * self.largest_norm * (self.largest_norm / 2 + vectors.norm(dim=1))
-
-    def _exactly(self, vectors: Tensor) -> Tensor:
-        """Compares in float64 those entries that may be the nearest of some vector; of equals, the first is taken."""
-        scores = self.scores(vectors)
-        near = scores <= (scores.amin(1) + self._margin(vectors))[:, None]
-        candidates = near.any(0).nonzero().squeeze(1)
-        exact = self.codebook[candidates].double()
-        return candidates[torch.addmm(exact.square().sum(1), vectors.double(), exact.T, alpha=-2).argmin(1)]
-
-
-def _two_lowest(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The lowest two scores `(n, 2)` of each row `(n, num_codes)`, and the index `(n,)` of the lowest.
-
-    They lie in the two groups of columns with the lowest minima, which one fast pass finds.
-    """
-    columns = scores.shape[1]
-    groups = scores.unflatten(1, (-1, math.gcd(columns, 128)))
-    chosen = groups.amin(2).topk(min(2, groups.shape[1]), largest=False).indices
-    candidates = groups.take_along_dim(chosen[..., None], dim=1).flatten(1)
-    lowest, at = candidates.topk(min(2, columns), largest=False)
-    size = groups.shape[2]
-    codes = chosen.gather(1, at[:, :1] // size) * size + at[:, :1] % size
-    return F.pad(lowest, (0, 2 - lowest.shape[1]), value=torch.inf), codes.squeeze(1)
+from ..ops.checks import check_finite
+from ..ops.nearest_codes import NearestCodes, nearest_codes_in_graph
 
 
 class ResidualQuantizer(nn.Module):
@@ -149,15 +71,25 @@ class ResidualQuantizer(nn.Module):
         codebook = self.codebooks[0 if self.shared else depth]
         return F.normalize(codebook, dim=-1) if self.normalize_codes else codebook
 
-    @torch.no_grad()
     def encode(self, vectors: Tensor) -> Tensor:
-        """Residual codes of vectors `(..., dim)`: int64 `(..., depth)`, greedy depth by depth."""
-        residual = vectors.detach().reshape(-1, self.dim).float()
-        codes, search = [], None
+        """Residual codes of vectors `(..., dim)`: int64 `(..., depth)`, greedy depth by depth.
+
+        Raises ValueError where a vector is not finite; a compiled graph does not look.
+        """
+        check_finite("vectors", vectors)
+        return self._nearest(vectors)
+
+    @torch.no_grad()
+    def _nearest(self, vectors: Tensor) -> Tensor:
+        residual = vectors.detach().reshape(-1, self.dim).float().nan_to_num(0, 0, 0)
+        codes, search, compiling = [], None, torch.compiler.is_compiling()
         for k in range(self.depth):
-            if k == 0 or not self.shared:
-                search = NearestCodes(self.codebook(k))
-            codes.append(search(residual))
+            if compiling:
+                codes.append(nearest_codes_in_graph(residual, self.codebook(k)))
+            else:
+                if k == 0 or not self.shared:
+                    search = NearestCodes(self.codebook(k))
+                codes.append(search(residual))
             residual = residual - F.embedding(codes[-1], self.codebook(k))
         return torch.stack(codes, dim=-1).view(*vectors.shape[:-1], self.depth)
 
@@ -168,12 +100,16 @@ class ResidualQuantizer(nn.Module):
     def forward(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantizes vectors `(..., dim)`; in training mode the codebooks are updated afterwards.
 
+        A vector that is not finite is an error in evaluation mode. In training mode it makes the loss NaN, on whichever
+        process it is, and leaves all codebooks as they were: so the training loop can stop where it looks at the loss,
+        with a codebook that is sound, and no step waits for the device because of this.
+
         Returns:
             The quantized vectors (same shape and dtype; the gradient passes straight through to `vectors`), the codes
             `(..., depth)`, and the scalar commitment loss: the mean over k of the mean squared difference between the
             vectors and the sum of their first k code vectors (arXiv 2203.01941, Eq. 6, per element).
         """
-        codes = self.encode(vectors)
+        codes = self._nearest(vectors) if self.training else self.encode(vectors)
         partial, loss, exact = 0, 0, vectors.float()
         for k in range(self.depth):
             partial = partial + F.embedding(codes[..., k], self.codebook(k))
@@ -183,6 +119,7 @@ class ResidualQuantizer(nn.Module):
             self._update(exact.detach().reshape(-1, self.dim), codes.reshape(-1, self.depth))
         return quantized, codes, loss / self.depth
 
+    @torch.compiler.disable
     @torch.no_grad()
     def _update(self, vectors: Tensor, codes: Tensor) -> None:
         counts, sums = torch.zeros_like(self.cluster_sizes), torch.zeros_like(self.embedding_sums)
@@ -195,18 +132,19 @@ class ResidualQuantizer(nn.Module):
         if dist.is_initialized():
             dist.all_reduce(counts)
             dist.all_reduce(sums)
-        self.cluster_sizes.lerp_(counts, 1 - self.decay)
-        self.embedding_sums.lerp_(sums, 1 - self.decay)
+        sound = sums.isfinite().all()  # the same on all processes
+        self.cluster_sizes.lerp_(torch.where(sound, counts, self.cluster_sizes), 1 - self.decay)
+        self.embedding_sums.lerp_(torch.where(sound, sums, self.embedding_sums), 1 - self.decay)
         if self.restart_unused_codes:
             for book in range(len(self.codebooks)):
-                self._restart(book, vectors, codes)
+                self._restart(book, vectors, codes, (self.cluster_sizes[book] < 1) & sound)
         totals = self.cluster_sizes.sum(1, keepdim=True)
         smoothed = totals * (self.cluster_sizes + self.epsilon) / (totals + self.num_codes * self.epsilon)
-        torch.div(self.embedding_sums, smoothed[..., None], out=self.codebooks)
-        self.num_updates += 1
+        self.codebooks.copy_(torch.where(sound, self.embedding_sums / smoothed[..., None], self.codebooks))
+        self.num_updates += sound
 
-    def _restart(self, book: int, vectors: Tensor, codes: Tensor) -> None:
-        unused = (self.cluster_sizes[book] < 1).nonzero().squeeze(1)
+    def _restart(self, book: int, vectors: Tensor, codes: Tensor, unused: Tensor) -> None:
+        unused = unused.nonzero().squeeze(1)
         if not len(unused):
             return
         # Candidates are the residuals of all depths that this codebook serves, in the batch of all processes. Every

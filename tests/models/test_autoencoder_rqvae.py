@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dnd_hf import RQVAE
+from dnd_hf.models import autoencoder_rqvae
 from dnd_hf.models.autoencoder_rqvae import _tiled
 
 
@@ -321,3 +322,43 @@ def test_codebooks_stay_float32_when_the_rest_is_loaded_in_half_precision(dtype,
     assert encoded.latents.dtype == cast(images).sample.dtype == cast.decode_codes(encoded.codes).sample.dtype == dtype
     cells = encoded.latents.float().permute(0, 2, 3, 1)
     assert torch.equal(encoded.codes, vae.quantizer.encode(cells))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_images_that_are_not_finite_are_refused_and_change_nothing(value, make_vae):
+    vae, images = make_vae(), random_images()
+    images[1, 2, 0, 3] = value
+    before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    calls = [vae.encode, vae, lambda images: vae.train()(images), lambda images: vae(images, quantize=False)]
+    for call in calls:
+        with pytest.raises(ValueError, match="`images` must be finite"):
+            call(images)
+    with pytest.raises(ValueError, match="`latents` must be finite"):
+        vae.decode(torch.full((1, 4, 2, 3), value))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in vae.state_dict().items())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_where_the_host_may_not_look_broken_images_make_the_loss_nan_and_leave_the_codebook(
+    value, make_vae, monkeypatch
+):
+    monkeypatch.setattr(autoencoder_rqvae, "can_look", lambda tensor: False)  # as on a GPU
+    vae, images = make_vae().train(), random_images()
+    images[0, 0, 1, 1] = value
+    before = {name: tensor.clone() for name, tensor in vae.named_buffers()}
+    output = vae(images)
+    assert output.commitment_loss.isnan() and F.mse_loss(output.sample, images).isnan()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in vae.named_buffers())
+    with pytest.raises(ValueError, match="`images` must be finite"):
+        vae.encode(images)
+
+
+def test_broken_weights_give_no_codes_and_in_training_a_loss_that_is_nan(make_vae):
+    vae, images = make_vae(), random_images()
+    vae.quant_conv.weight.data[0] = torch.nan
+    for call in (vae.encode, vae):
+        with pytest.raises(ValueError, match="weights are broken"):
+            call(images)
+    before = vae.quantizer.codebooks.clone()
+    assert vae.train()(images).commitment_loss.isnan()
+    assert torch.equal(vae.quantizer.codebooks, before)

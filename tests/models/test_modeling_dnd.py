@@ -372,19 +372,6 @@ def test_gradient_checkpointing_gives_the_same_gradients_with_dropout_on(make_mo
         torch.testing.assert_close(other, gradient, rtol=1e-5, atol=1e-7)
 
 
-@torch.no_grad()
-def test_the_whole_forward_pass_compiles_as_one_graph(make_model, make_inputs):
-    model = make_model()
-    labels, codes = make_inputs(model)
-    expected = model(labels, codes, labels=codes)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    output = compiled(labels, codes, labels=codes)
-    torch.testing.assert_close(output.logits, expected.logits, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(output.loss, expected.loss, rtol=1e-6, atol=0)
-    output = compiled(labels, codes, labels=codes, output_logits=False)
-    torch.testing.assert_close(output.loss, expected.loss, rtol=1e-6, atol=0)
-
-
 def test_trainer_of_transformers_trains_it(make_model, make_inputs, tmp_path):
     model = make_model()
     labels, codes = make_inputs(model, batch=8)
