@@ -42,7 +42,7 @@ from dnd_hf.conversion import export_original
 from dnd_hf.data.codes import CodesWriter, ShardReader, codes_features
 from dnd_hf.data.images import ImageDataset, TenCrop
 from dnd_hf.figures import import_figure
-from dnd_hf.generation.decoders import PackedDecoder
+from dnd_hf.generation.packed_decoder import packed_runner
 from dnd_hf.models.residual_quantizer import ResidualQuantizer
 from dnd_hf.training.throughput import matmul_rate, synchronize, transformer_training_flops
 
@@ -261,12 +261,9 @@ def decode_floors(model: DnDForImageGeneration, sequences: int, repeats: int) ->
     if device.type == "cpu":
         inputs = {weight.shape[1]: torch.randn(sequences, weight.shape[1], dtype=dtype) for weight in weights}
         plain = [(inputs[weight.shape[1]], partial(F.linear, weight=weight)) for weight in weights]
-        decoder = PackedDecoder(model, sequences)
-        width, inner = config.hidden_size, config.intermediate_size
-        packed = [(inputs[width], decoder.head(k)) for k in range(config.code_depth)]
-        for layer in decoder.layers:
-            packed += [(inputs[width], product) for product in (layer.qkv_proj, layer.o_proj, layer.gate_up_proj)]
-            packed.append((inputs[inner], layer.down_proj))
+        runner = packed_runner(model, sequences)
+        products = [*runner.heads, *(product for layer in runner.decoders[0].layers for product in layer.products)]
+        packed = [(inputs[product.in_features], product) for product in products]
 
         def run(products: list[tuple[Tensor, Callable]]) -> None:
             with torch.inference_mode():

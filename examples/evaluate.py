@@ -55,7 +55,7 @@ from dnd_hf.evaluation.reports import (
 from dnd_hf.evaluation.rocr import evaluate_rocr
 from dnd_hf.evaluation.words import REAL_SEED, evaluate_words
 from dnd_hf.figures import import_figure
-from dnd_hf.generation.sampling import GUIDANCE_SCHEDULES
+from dnd_hf.generation.guidance import GUIDANCE_SCHEDULES
 from dnd_hf.ops.perceptual_loss import PerceptualLoss
 
 

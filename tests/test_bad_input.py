@@ -220,7 +220,6 @@ def test_bad_input_is_refused_by_name_before_anything_is_computed(argument, says
     assert f"`{argument}`" in message and says in message, message
     assert not world.ran
     assert torch.equal(seeded, states[1])
-    assert world.model._cache_storage is None
     assert modes == (world.model.training, world.vae.training)
 
 

@@ -34,9 +34,9 @@ def test_cuda_graphs_give_the_codes_of_a_model_without(implementation, compiled,
         model.compile_repeated_blocks(fullgraph=True)
     for labels, codes in zip(calls, expected):
         assert torch.equal(model.generate(labels, **options, generator=generators(len(labels))), codes)
-    samplers = list(model._graph_samplers.values())
-    assert [sampler.rows for sampler in samplers] == [8, 4]  # three pictures share the graphs of four
-    assert all(len(sampler.graphs) == 2 for sampler in samplers)
+    loops = [loop for free in model._kept_loops.free.values() for loop in free]
+    assert [len(loop.codes_BLD) for loop in loops] == [4, 2]  # three images share the graphs of four
+    assert all(len(loop.graphs) == 2 for loop in loops)
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
@@ -62,14 +62,14 @@ def test_the_cache_has_the_memory_of_its_shape_and_other_calls_reuse_it(make_mod
     model = make_model(**SIZES).cuda()
     model.cuda_graphs = True
     model.generate([0, 1])
-    (sampler,) = model._graph_samplers.values()
-    storage = sampler.decoder.storage
+    ((loop,),) = model._kept_loops.free.values()
+    memory = loop.decoder.memory
     layers, rows, heads, cells, width = 5, 4, 4, 90, 4
-    assert storage.untyped_storage().nbytes() == 4 * layers * 2 * rows * heads * cells * width
+    assert memory.untyped_storage().nbytes() == 4 * layers * 2 * rows * heads * cells * width
     before = torch.cuda.memory_allocated()
     for _ in range(3):
         model.generate([1, 0])
-    assert torch.cuda.memory_allocated() == before and sampler.decoder.storage is storage
+    assert torch.cuda.memory_allocated() == before and loop.decoder.memory is memory
 
 
 @pytest.mark.parametrize("precision", ["highest", "high"])

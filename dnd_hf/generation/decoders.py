@@ -1,219 +1,179 @@
-"""How generate() runs the layers for one new token a sequence: as they are, static for CUDA graphs, packed for CPUs."""
+"""How generate() runs the layers for new tokens: as they are, or in operations of fixed shapes for CUDA graphs.
 
-from contextlib import nullcontext
+The third way, packed for CPUs, has a file of its own (`packed_decoder.py`). All three are a [`Decoder`] for each stack
+of layers; a [`ModelRunner`] is what a sampling loop gets.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..ops.packed_linear import PackedLinear, can_pack
+from .interface import Decoder, ImageCodeModel, Layer, LayerStack
 
-
-POSITIONS_AT_ONCE = 32
-"""By how many positions the cache of a `PackedDecoder` grows."""
 
 POSITIONS_IN_GRAPH = 64
 """How many positions of a `StaticDecoder` read the same part of the cache, and so share a CUDA graph."""
 
 
-class KeyValueCache:
-    """Keys and values of one layer, to which its attention adds one token at a time with `update`.
-
-    The layer gets views of what is filled, so nothing is copied and no mask is needed.
+@dataclass(frozen=True)
+class ModelRunner:
+    """A model, ready to decode.
 
     Args:
-        keys, values: memory for them, `(batch, heads, positions, head_dim)`.
+        decoders: one for each of its stacks of layers.
+        heads: what makes the logits of each depth from what head k reads.
+        context: in which all steps run.
+    """
+
+    decoders: Sequence[Decoder]
+    heads: Sequence[Callable[[Tensor], Tensor]]
+    context: Callable[[], AbstractContextManager] = nullcontext
+
+
+def head_of_each_depth(heads: Sequence, depth: int) -> list:
+    """Heads, one for all depths or one for each, as a list of one for each."""
+    return list(heads) * depth if len(heads) == 1 else list(heads)
+
+
+def plain_runner(model: ImageCodeModel, rows: int, device: torch.device) -> ModelRunner:
+    """The layers of a model as they are, hooks, adapters and quantized weights included, on any device."""
+    attention = model.config._attn_implementation
+    decoders = [PlainDecoder(stack, rows, device, model.dtype, attention) for stack in model.layer_stacks(device)]
+    return ModelRunner(decoders, head_of_each_depth(model.heads, model.config.code_depth))
+
+
+def static_runner(model: ImageCodeModel, rows: int, device: torch.device) -> ModelRunner:
+    """The layers as they are, in a step that can be captured: the position in the first stack is read on the device.
+
+    The positions in further stacks are the depths, which are the same in every step.
+    """
+    first, *others = model.layer_stacks(device)
+    attention = model.config._attn_implementation
+    decoders = [
+        StaticDecoder(first, rows, device, model.dtype),
+        *(PlainDecoder(stack, rows, device, model.dtype, attention) for stack in others),
+    ]
+    heads = head_of_each_depth(model.heads, model.config.code_depth)
+    return ModelRunner(decoders, heads, partial(static_context, device.type))
+
+
+@contextmanager
+def static_context(device_type: str) -> Iterator[None]:
+    """In which static steps run: their memory outlives a call, and the weights decide the precision."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device_type, enabled=False):
+        yield
+
+
+def cache_memory(stack: LayerStack, rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Memory for the keys and values of a stack: `(layers, 2, rows, heads, length, head_dim)`."""
+    shape = (len(stack.layers), 2, rows, stack.num_key_value_heads, stack.length, stack.head_dim)
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def causal_mask(length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`(length, length)`: what is added to the scores of each position, -inf for those after it."""
+    return torch.full([length, length], -torch.inf, dtype=dtype, device=device).triu(1)
+
+
+class FilledKeysValues:
+    """Keys and values of one layer, of which its attention gets the part that is filled.
+
+    The parts are views, so nothing is copied and one token needs no mask.
+
+    Args:
+        keys, values: memory for them, `(rows, heads, length, head_dim)`.
     """
 
     def __init__(self, keys: Tensor, values: Tensor):
         self.keys, self.values, self.position = keys, values, 0
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Writes a `(batch, heads, 1, head_dim)` key and value at `position`; returns all up to there."""
-        self.keys.narrow(2, self.position, 1).copy_(key)
-        self.values.narrow(2, self.position, 1).copy_(value)
-        return self.keys.narrow(2, 0, self.position + 1), self.values.narrow(2, 0, self.position + 1)
+        """Writes `(rows, heads, tokens, head_dim)` keys and values from `position` on; returns all up to their end."""
+        count = key.shape[2]
+        self.keys.narrow(2, self.position, count).copy_(key)
+        self.values.narrow(2, self.position, count).copy_(value)
+        filled = self.position + count
+        return self.keys.narrow(2, 0, filled), self.values.narrow(2, 0, filled)
 
 
-class Decoder:
-    """The layers of a model as they are.
+class PlainDecoder:
+    """A [`Decoder`] that calls the layers as they are.
 
     Args:
-        model: a [`DnDForImageGeneration`].
-        storage: memory for the keys and values, `(layers, 2, batch, heads, positions, head_dim)`.
+        attention: the implementation, by its name in transformers.
     """
 
-    context = nullcontext
+    def __init__(self, stack: LayerStack, rows: int, device: torch.device, dtype: torch.dtype, attention: str):
+        self.stack, self.takes_mask = stack, "flash" not in attention
+        self.memory = cache_memory(stack, rows, device, dtype)
+        self.caches = [FilledKeysValues(*layer) for layer in self.memory]
 
-    def __init__(self, model: nn.Module, storage: Tensor):
-        self.head = model.head
-        self.rotary = model.rotary_embeddings(storage.device, storage.dtype)
-        self.caches = [KeyValueCache(*layer) for layer in storage]
-        self.layers = [partial(layer, past_key_values=cache) for layer, cache in zip(model.layers, self.caches)]
-
-    def at(self, position: int) -> dict:
-        """What the layers are called with at a position; positions come in order, from 0."""
+    def at(self, position: int, count: int = 1) -> list[Layer]:
+        end = position + count
         for cache in self.caches:
             cache.position = position
-        return dict(position_embeddings=tuple(table[:, position, None] for table in self.rotary), attention_mask=None)
+        options = dict(attention_mask=None)
+        if count > 1 and self.takes_mask:
+            mask = causal_mask(end, self.memory.device, self.memory.dtype)[position:]
+            options["attention_mask"] = mask.expand(self.memory.shape[2], 1, -1, -1)
+        if self.stack.rotary is not None:
+            options["position_embeddings"] = tuple(table[:, position:end] for table in self.stack.rotary)
+        return [
+            partial(layer, past_key_values=cache, **options) for layer, cache in zip(self.stack.layers, self.caches)
+        ]
 
 
-class StaticCache:
-    """Keys and values of one layer, of which `update` always returns the same part.
+class FixedKeysValues:
+    """Keys and values of one layer, of which its attention always gets the same part, filled or not.
 
     Args:
-        keys, values: memory for them, `(batch, heads, positions, head_dim)`.
-        position: `(1,)` int64: where the next token is written.
+        keys, values: memory for them, `(rows, heads, length, head_dim)`.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, position: Tensor):
-        self.keys, self.values, self.position, self.filled = keys, values, position, 0
+    def __init__(self, keys: Tensor, values: Tensor):
+        self.keys, self.values, self.positions, self.read = keys, values, None, 0
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Writes a `(batch, heads, 1, head_dim)` key and value at `position`; returns the first `filled` of all."""
-        self.keys.index_copy_(2, self.position, key)
-        self.values.index_copy_(2, self.position, value)
-        return self.keys.narrow(2, 0, self.filled), self.values.narrow(2, 0, self.filled)
+        """Writes `(rows, heads, tokens, head_dim)` keys and values at `positions`; returns the first `read` of all."""
+        self.keys.index_copy_(2, self.positions, key)
+        self.values.index_copy_(2, self.positions, value)
+        return self.keys.narrow(2, 0, self.read), self.values.narrow(2, 0, self.read)
 
 
 class StaticDecoder:
-    """The layers of a model as they are, in operations whose shapes do not change from one position to the next.
+    """A [`Decoder`] that calls the layers as they are, in operations whose shapes do not change with the position.
 
-    Between positions that are multiples of `POSITIONS_IN_GRAPH` a step can be captured and replayed: the position is
-    read on the device, attention reads the cache up to the next multiple, and a mask hides what is not filled.
-
-    Args:
-        model: a [`DnDForImageGeneration`] with `"sdpa"` or `"eager"` attention.
-        batch: sequences, null ones included.
-        position: `(1,)` int64 on the device of the model: the position of the next token.
+    Between multiples of `POSITIONS_IN_GRAPH` a step can be captured and replayed: the position is read on the device,
+    attention reads the cache up to the next multiple, and a mask hides what is not filled. Needs `"sdpa"` or `"eager"`
+    attention.
     """
 
-    context = nullcontext
+    def __init__(self, stack: LayerStack, rows: int, device: torch.device, dtype: torch.dtype):
+        self.stack = stack
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        """`(1,)`: the position of the next token, which the loop counts up."""
+        self.memory = cache_memory(stack, rows, device, dtype).zero_()  # what is masked must be finite
+        self.caches = [FixedKeysValues(*layer) for layer in self.memory]
+        self.masks = causal_mask(stack.length, device, dtype)
 
-    def __init__(self, model: nn.Module, batch: int, position: Tensor):
-        self.head, self.position = model.head, position
-        self.rotary = model.rotary_embeddings(model.device, model.dtype)
-        self.storage = torch.zeros(model.cache_shape(batch), dtype=model.dtype, device=model.device)
-        self.caches = [StaticCache(*layer, position) for layer in self.storage]
-        self.layers = [partial(layer, past_key_values=cache) for layer, cache in zip(model.layers, self.caches)]
-        length = model.config.sequence_length
-        future = torch.full([length, length], -torch.inf, dtype=model.dtype, device=model.device)
-        self.masks = future.triu(1)
-
-    def read(self, position: int) -> int:
+    def read_at(self, position: int) -> int:
         """How much of the cache is read at a position."""
-        return min(position - position % POSITIONS_IN_GRAPH + POSITIONS_IN_GRAPH, len(self.masks))
+        return min(position - position % POSITIONS_IN_GRAPH + POSITIONS_IN_GRAPH, self.stack.length)
 
-    def at(self, position: int) -> dict:
-        """What the layers are called with at a position and at all others that read as much of the cache."""
-        filled = self.read(position)
+    def at(self, position: int, count: int = 1) -> list[Layer]:
+        """The layers, for the position on the device; `position` only says how much of the cache is read."""
+        positions, read = self.position, self.read_at(position + count - 1)
+        if count > 1:
+            positions = positions + torch.arange(count, device=positions.device)
         for cache in self.caches:
-            cache.filled = filled
-        rotary = tuple(table.index_select(1, self.position) for table in self.rotary)
-        mask = self.masks.index_select(0, self.position)[None, None, :, :filled]
-        return dict(position_embeddings=rotary, attention_mask=mask)
-
-
-class PackedDecoder:
-    """The layers of a model on a CPU in few operations, with copies of the weights in oneDNN's own layout.
-
-    A product of few rows takes as long as its weight takes to read, which is fastest in that layout (`torch.compile`
-    packs frozen weights likewise). The cache is contiguous, since a product would copy it first otherwise: it grows by
-    `POSITIONS_AT_ONCE`, and a mask hides what is not filled.
-
-    Args:
-        model: a [`DnDForImageGeneration`] whose weights do not change while this is in use.
-        batch: sequences, null ones included.
-    """
-
-    context = torch.inference_mode
-    """In which steps run: nobody else has the tensors that they make."""
-
-    def __init__(self, model: nn.Module, batch: int):
-        config = model.config
-        heads = [joined([head], batch) for head in model.heads]
-        self.head = lambda k: heads[k % len(heads)]  # one for all depths, or one each
-        self.layers = [PackedLayer(layer, batch) for layer in model.layers[: config.prediction_layers[-1] + 1]]
-        cos, sin = (table[0, :, None] for table in model.rotary_embeddings(model.device, model.dtype))
-        left, right = sin.chunk(2, -1)
-        self.rotary = cos, torch.cat([-left, right], dim=-1)  # so that turning takes no negation
-        self.mask = torch.full([config.sequence_length], -torch.inf, dtype=model.dtype)
-
-    @staticmethod
-    def can_run(model: nn.Module) -> bool:
-        """Whether the model is as it was built, on a CPU, and in a precision for which oneDNN is there."""
-        if not all(can_pack(weight) for weight in model.parameters()):
-            return False
-        parts = dict(model.layers.named_modules()) | dict(model.heads.named_modules(prefix="heads"))
-        linear = [part for name, part in parts.items() if name.endswith("_proj")] + list(model.heads)
-        own = (
-            vars(part).keys() & {"forward"} or part._forward_hooks or part._forward_pre_hooks for part in parts.values()
-        )
-        norms = [part for name, part in parts.items() if name.endswith("layernorm")]
-        as_built = all(type(layer) is nn.Linear for layer in linear) and all(type(norm) is nn.RMSNorm for norm in norms)
-        return as_built and not any(own)
-
-    def at(self, position: int) -> dict:
-        """What the layers are called with at a position; positions come in order, from 0."""
-        if position % POSITIONS_AT_ONCE == 0:
-            grown = min(POSITIONS_AT_ONCE, len(self.mask) - position)
-            for layer in self.layers:
-                layer.grow(grown)
-        self.mask[position] = 0
-        cos, sin = self.rotary
-        return dict(position=position, cos=cos[position], sin=sin[position], mask=self.mask)
-
-
-def joined(layers: list[nn.Linear], rows: int) -> PackedLinear:
-    """Linear layers of the same input as one product, whose outputs stand side by side."""
-    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    return PackedLinear(torch.cat([layer.weight for layer in layers]), bias, rows)
-
-
-class FusedNorm:
-    """RMS norm by the kernel that CPUs have for layer norm: over [x, -x], whose mean is zero, the two are the same."""
-
-    def __init__(self, norm: nn.RMSNorm):
-        self.weight, self.eps = norm.weight.repeat(2), norm.eps
-
-    def __call__(self, hidden_states: Tensor) -> Tensor:
-        both = torch.cat([hidden_states, -hidden_states], dim=-1)
-        return F.layer_norm(both, self.weight.shape, self.weight, None, self.eps)[..., : hidden_states.shape[-1]]
-
-
-class PackedLayer:
-    """A decoder layer for one token of each of `batch` sequences."""
-
-    def __init__(self, layer: nn.Module, batch: int):
-        attention, mlp = layer.self_attn, layer.mlp
-        self.head_dim, self.scaling, self.act_fn = attention.head_dim, attention.scaling, mlp.act_fn
-        self.kv_heads = attention.config.num_key_value_heads
-        self.attention_norm, self.mlp_norm = FusedNorm(layer.input_layernorm), FusedNorm(layer.post_attention_layernorm)
-        self.qkv_proj = joined([attention.q_proj, attention.k_proj, attention.v_proj], batch)
-        self.o_proj = joined([attention.o_proj], batch)
-        self.gate_up_proj = joined([mlp.gate_proj, mlp.up_proj], batch)
-        self.down_proj = joined([mlp.down_proj], batch)
-        weight = attention.o_proj.weight
-        self.keys = self.values = weight.new_empty(batch * self.kv_heads, 0, self.head_dim)
-
-    def grow(self, positions: int) -> None:
-        """Makes room for so many more positions in the cache."""
-        room = self.keys.new_zeros(len(self.keys), positions, self.head_dim)
-        self.keys, self.values = (torch.cat([filled, room], dim=1) for filled in (self.keys, self.values))
-
-    def __call__(self, hidden_states: Tensor, position: int, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        """`(batch, 1, hidden_size)` to the same; cosines and sines `(1, head_dim)`, mask `(sequence_length,)`."""
-        batch, sequences = len(hidden_states), len(self.keys)
-        qkv = self.qkv_proj(self.attention_norm(hidden_states)).view(batch, -1, self.head_dim)
-        turned, value = qkv[:, : -self.kv_heads], qkv[:, -self.kv_heads :]
-        turned = torch.addcmul(turned * cos, turned.roll(self.head_dim // 2, -1), sin)
-        query, key = turned[:, : -self.kv_heads] * self.scaling, turned[:, -self.kv_heads :]
-        self.keys[:, position] = key.reshape(sequences, -1)
-        self.values[:, position] = value.reshape(sequences, -1)
-        query = query.view(sequences, -1, self.head_dim)  # heads that share keys are the rows of one product
-        scores = (query @ self.keys.mT).add_(mask[: self.keys.shape[1]])
-        attended = (scores.softmax(-1) @ self.values).view_as(hidden_states)
-        hidden_states = hidden_states + self.o_proj(attended)
-        gate, up = self.gate_up_proj(self.mlp_norm(hidden_states)).chunk(2, -1)
-        return hidden_states + self.down_proj(self.act_fn(gate) * up)
+            cache.positions, cache.read = positions, read
+        options = dict(attention_mask=self.masks.index_select(0, positions)[None, None, :, :read])
+        if self.stack.rotary is not None:
+            options["position_embeddings"] = tuple(table.index_select(1, positions) for table in self.stack.rotary)
+        return [
+            partial(layer, past_key_values=cache, **options) for layer, cache in zip(self.stack.layers, self.caches)
+        ]

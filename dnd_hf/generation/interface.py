@@ -74,9 +74,10 @@ class ImageCodeModel(Protocol):
     def null_conditions(self, conditions_BT: Tensor) -> Tensor:
         """What stands for no condition, of the same shape; the mixin's own is the class `num_classes`."""
 
-    def layer_stacks(self) -> list[LayerStack]:
-        """The stacks that `decode` runs. The first reads the condition tokens and the cells, so its length is at least
-        `T + sequence_length - 1`; a second one may read the depths of a cell."""
+    def layer_stacks(self, device: torch.device) -> list[LayerStack]:
+        """The stacks that `decode` runs, for sampling on a device (`self.device`, but with offloaded weights). The
+        first reads the condition tokens and the cells, so its length is at least `T + sequence_length - 1`; a second
+        one may read the depths of a cell."""
 
     def condition_tokens(self, conditions_RT: Tensor) -> Tensor:
         """The tokens `(R, T, C)` before the grid; the last of them predicts the first cell."""

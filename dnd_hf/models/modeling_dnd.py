@@ -15,7 +15,8 @@ from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.utils import ModelOutput
 
-from ..generation.sampling import DnDGenerationMixin
+from ..generation.interface import ChooseCodes, Decoder, LayerStack
+from ..generation.mixin import ImageGenerationMixin
 from ..ops.linear_cross_entropy import head_cross_entropy
 from .configuration_dnd import DnDConfig
 from .loading import LoadingMixin
@@ -69,7 +70,7 @@ class DnDDecoderLayer(LlamaDecoderLayer):
         return hidden_states + self.drop_path(self.mlp_dropout(mlp))
 
 
-class DnDForImageGeneration(LoadingMixin, DnDGenerationMixin, PreTrainedModel):
+class DnDForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTrainedModel):
     """DnD-Transformer (arXiv 2410.01912): a LLaMA decoder over a grid of residual codes.
 
     The sequence is the class token followed by one token a grid cell, the sum of the embeddings of its codes. At
@@ -153,25 +154,18 @@ class DnDForImageGeneration(LoadingMixin, DnDGenerationMixin, PreTrainedModel):
         if self.training and config.has_null_class:
             dropped = torch.rand(class_labels.shape, device=class_labels.device) < config.class_dropout_prob
             class_labels = class_labels.masked_fill(dropped, config.num_classes)
-        codes_BLD = codes.flatten(1, 2)
-        tokens_BLC = self.embed_tokens(codes_BLD[:, :-1]).sum(2)
-        hidden_BLC = self.embedding_dropout(torch.cat([self.embed_classes(class_labels)[:, None], tokens_BLC], dim=1))
-        mask = create_causal_mask(config, inputs_embeds=hidden_BLC, attention_mask=None, past_key_values=None)
-        rotary = self.rotary_embeddings(hidden_BLC.device, hidden_BLC.dtype)
-
         logits, sums = [], []
         targets = None if labels is None else labels.flatten(0, 2).unbind(-1)
 
-        def teach(k: int, hidden_BLC: Tensor) -> Tensor:
+        def predict(k: int, hidden_BLC: Tensor) -> None:
             if output_logits:
                 logits.append(self.head(k)(hidden_BLC))
             if output_logits and targets:
                 sums.append(F.cross_entropy(logits[k].flatten(0, 1).float(), targets[k], reduction="sum"))
             elif targets:
                 sums.append(head_cross_entropy(self.head(k), hidden_BLC.flatten(0, 1), targets[k], config.vocab_size))
-            return codes_BLD[..., k]
 
-        self.run_layers(hidden_BLC, teach, self.layers, position_embeddings=rotary, attention_mask=mask)
+        self.read_by_heads(class_labels[:, None], codes, predict)
 
         loss = depth_losses = None
         if targets:
@@ -185,7 +179,48 @@ class DnDForImageGeneration(LoadingMixin, DnDGenerationMixin, PreTrainedModel):
         """Compiles the layers alone, once for all of them, for training and `generate` (on CUDA devices also with
         `cuda_graphs`); the name and the arguments, those of `torch.compile`, are diffusers'."""
         ModelMixin.compile_repeated_blocks(self, *args, **kwargs)
-        self._graph_samplers = None  # their graphs are of the layers as they were
+        self._kept_loops = None  # their graphs are of the layers as they were
+
+    def read_by_heads(self, class_labels_B1: Tensor, codes: Tensor, read: Callable[[int, Tensor], None]) -> None:
+        """Runs the model over whole grids and calls `read(k, hidden_BLC)` with what head k reads, normalised."""
+        codes_BLD = codes.flatten(1, 2)
+        cells_L = torch.arange(codes_BLD.shape[1] - 1, device=codes.device)
+        tokens_BLC = self.cell_tokens(codes_BLD[:, :-1], cells_L)
+        hidden_BLC = self.embedding_dropout(torch.cat([self.condition_tokens(class_labels_B1), tokens_BLC], dim=1))
+        mask = create_causal_mask(self.config, inputs_embeds=hidden_BLC, attention_mask=None, past_key_values=None)
+        rotary = self.rotary_embeddings(hidden_BLC.device, hidden_BLC.dtype)
+
+        def teach(k: int, hidden_BLC: Tensor) -> Tensor:
+            read(k, hidden_BLC)
+            return codes_BLD[..., k]
+
+        self.run_layers(hidden_BLC, teach, self.layers, position_embeddings=rotary, attention_mask=mask)
+
+    def decode(self, token_RTC: Tensor, choose: ChooseCodes, decoders: Sequence[Decoder], position: int) -> None:
+        """Runs the layers for one new token, see [`ImageCodeModel`]."""
+        (decoder,) = decoders
+        self.run_layers(token_RTC, choose, decoder.at(position))
+
+    def layer_stacks(self, device: torch.device) -> list[LayerStack]:
+        """The layers up to the last head."""
+        config = self.config
+        return [
+            LayerStack(
+                self.layers[: config.prediction_layers[-1] + 1],
+                config.sequence_length,
+                config.num_key_value_heads,
+                config.head_dim,
+                self.rotary_embeddings(device, self.dtype),
+            )
+        ]
+
+    def condition_tokens(self, class_labels_R1: Tensor) -> Tensor:
+        """`(R, 1)` class labels to the first token `(R, 1, C)`."""
+        return self.embed_classes(class_labels_R1)
+
+    def cell_tokens(self, codes_RLD: Tensor, cells_L: Tensor) -> Tensor:
+        """Codes to the tokens `(R, L, C)` of their cells, the sums of their embeddings."""
+        return self.embed_tokens(codes_RLD).sum(2)
 
     def head(self, k: int) -> nn.Linear:
         """The linear part of the head of depth k."""

@@ -285,7 +285,7 @@ class RQTransformerForImageGeneration(GenerationMixin, PreTrainedModel):
         """What stands for no condition: the null class, or as many null text tokens."""
         return torch.full_like(conditions_BT, self.config.num_conditions)
 
-    def layer_stacks(self) -> list[LayerStack]:
+    def layer_stacks(self, device: torch.device) -> list[LayerStack]:
         """The body and the depth stack, as `decode` runs them."""
         config = self.config
         length = max(config.prompt_length, 1) + config.sequence_length - 1

@@ -2,11 +2,16 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def can_pack(tensor: Tensor) -> bool:
-    """Whether oneDNN is there for the device and the precision of a tensor."""
+    """Whether oneDNN is there for the device and the precision of a tensor, and it is a plain one.
+
+    A tensor of a subclass (quantized, sharded) holds its numbers in another way.
+    """
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return False
     if tensor.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if tensor.dtype == torch.bfloat16:
@@ -24,7 +29,7 @@ class PackedLinear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int):
-        self.packed = can_pack(weight)
+        self.in_features, self.packed = weight.shape[1], can_pack(weight)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows) if self.packed else weight
         self.bias = bias
 

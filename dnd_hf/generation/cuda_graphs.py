@@ -1,0 +1,101 @@
+"""Sampling steps as CUDA graphs: captured once, then each replayed by a single call, and kept for later calls."""
+
+from collections.abc import Callable, Hashable, Iterable
+from functools import partial
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from .decoders import static_runner
+from .interface import ImageCodeModel
+from .loop import SamplingLoop
+from .settings import SamplingSettings
+
+
+CAPTURE_LOCK = Lock()
+"""One capture at a time in a process."""
+
+
+class GraphedLoop(SamplingLoop):
+    """A sampling loop whose steps are CUDA graphs.
+
+    The first cell that reads a new part of the cache runs as it is, and is captured after that.
+
+    Args:
+        free: the loops of this kind that no call is using; it is put there when a call is finished with it.
+    """
+
+    def __init__(
+        self,
+        model: ImageCodeModel,
+        batch: int,
+        settings: SamplingSettings,
+        device: torch.device,
+        free: list["GraphedLoop"],
+    ):
+        with torch.inference_mode(False):  # its memory outlives the call
+            runner = static_runner(model, 2 * batch if settings.guided else batch, device)
+            super().__init__(model, runner, batch, settings, device)
+        self.decoder, self.free = runner.decoders[0], free
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def read(self, tokens_RTC: Tensor) -> None:
+        self.decoder.position.zero_()
+        super().read(tokens_RTC)
+        self.decoder.position += tokens_RTC.shape[1]
+
+    def step(self, cell: int) -> None:
+        read = self.decoder.read_at(self.first_position + cell)
+        if read in self.graphs:
+            self.graphs[read].replay()
+        else:
+            self.eager_step(cell)
+            self.graphs[read] = capture(partial(self.eager_step, cell), self.graphs.values())
+
+    def eager_step(self, cell: int) -> None:
+        super().step(cell)
+        self.decoder.position += 1
+
+    def finish(self) -> Tensor:
+        codes = super().finish().clone()
+        self.free.append(self)  # not where it failed: what is not finite in the cache would spoil the next call
+        return codes
+
+
+def capture(function: Callable[[], None], others: Iterable[torch.cuda.CUDAGraph]) -> torch.cuda.CUDAGraph:
+    """A graph of what `function` does, which is not run here, in the memory of others, never replayed at a time."""
+    graph = torch.cuda.CUDAGraph()
+    pool = next((other.pool() for other in others), None)
+    # Other threads may use the device meanwhile.
+    with CAPTURE_LOCK, torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        function()
+    return graph
+
+
+class KeptLoops:
+    """The graphed loops of a model that no call is using. Copies of the model begin without any.
+
+    A call takes a loop out and puts it back at its end, so that calls in other threads or in a callback have others.
+
+    Args:
+        weights: addresses of the weights that the graphs read.
+    """
+
+    def __init__(self, weights: tuple[int, ...] = ()):
+        self.weights = weights
+        self.free: dict[Hashable, list[GraphedLoop]] = {}
+
+    def __reduce__(self):
+        return KeptLoops, ()
+
+    def take(self, model: ImageCodeModel, batch: int, condition_tokens: int, settings: SamplingSettings) -> GraphedLoop:
+        """A loop for `batch` images, captured before or not."""
+        filters = (settings.temperature, settings.top_k, settings.top_p) if settings.do_sample else None
+        attention = model.config._attn_implementation
+        key = (batch, condition_tokens, settings.guided, filters, attention)  # what is a constant in a graph
+        free = self.free.setdefault(key, [])
+        try:
+            return free.pop()
+        except IndexError:
+            return GraphedLoop(model, batch, settings, model.device, free)

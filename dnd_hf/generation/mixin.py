@@ -1,0 +1,152 @@
+"""ImageGenerationMixin: adds `generate` and `score` to a model that predicts the residual codes of a grid."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin
+
+from .cuda_graphs import GraphedLoop, KeptLoops
+from .decoders import plain_runner
+from .evaluation_mode import evaluation_mode
+from .guidance import guidance_scales
+from .loop import SamplingLoop
+from .noise import checked_generators, uniform_noise
+from .packed_decoder import can_run_packed, packed_runner
+from .scoring import ScoringMixin
+from .settings import SamplingSettings
+
+
+class ImageGenerationMixin(ScoringMixin, GenerationMixin):
+    """Adds `generate`, which replaces that of transformers: several codes a step, see [`ImageCodeModel`]."""
+
+    cuda_graphs: bool = False
+    """Set it to True, and `generate` on a CUDA device replays its steps as CUDA graphs. They are captured in the first
+    call with a new batch size (rounded up to a power of two), temperature or filter and kept, cache included."""
+
+    _kept_loops: KeptLoops | None = None
+
+    @torch.no_grad()
+    @apply_forward_hook  # offloaded models come to the device for `generate` as they do for `forward`
+    def generate(
+        self,
+        class_labels: Tensor | Sequence[int] | int,
+        guidance_scale: float | None = None,
+        temperature: float | Sequence[float] | None = None,
+        top_k: int | Sequence[int] | None = None,
+        top_p: float | Sequence[float] | None = None,
+        do_sample: bool | None = None,
+        generator: torch.Generator | int | Sequence[torch.Generator | int] | None = None,
+        generation_config: GenerationConfig | None = None,
+        callback: Callable[[int, Tensor], None] | None = None,
+        guidance_schedule: str | None = None,
+        guidance_power: float | None = None,
+    ) -> Tensor:
+        """Samples the codes of one image a label.
+
+        Arguments left `None` are taken from `generation_config` (default: the checkpoint's own); what that leaves
+        open is guidance 2 (1 without a null class), constant, temperature 1, no filters, sampling.
+
+        Calls on one model may overlap (threads, a call inside a callback): each keeps its state to itself. A model in
+        training mode is in evaluation mode for the time of the call.
+
+        Args:
+            class_labels: `(batch,)` integers in `[0, num_classes)`.
+            guidance_scale: logits become `u + (c - u) * guidance_scale`, u those of the null class; 1: no guidance,
+                with half as many sequences. At least 0.
+            temperature: the logits are divided by it; greater than 0. One value, or one a depth, as the next two.
+            top_k: only the k most likely codes may be drawn; 0: all.
+            top_p: only the most likely codes that together reach this probability may be drawn; in (0, 1].
+                The order is temperature, top-k, top-p.
+            do_sample: `False`: the most likely code is taken (greedy).
+            generator: one, or a list of one an image: then image i depends on its own generator alone, not on the
+                batch. An integer in `[0, 2**64)` is the seed of a new generator on the CPU.
+            callback: called after each grid cell with its index and the codes so far.
+            guidance_schedule, guidance_power: how the guidance grows over the grid, see [`guidance_scales`];
+                `"constant"` (the default), `"linear"` or `"power-cosine"`, the last with a power greater than 0
+                (default 2.75).
+
+        Returns:
+            `(batch, height, width, depth)` int64 in `[0, vocab_size)`.
+
+        Raises:
+            ValueError: an argument out of its range; nothing has been computed then. Or, at the end of the loop: the
+                logits were not finite numbers.
+        """
+        config = self.config
+        conditions_BT = self.check_conditions(class_labels)
+        if generation_config is None:
+            generation_config = self.generation_config
+        if not isinstance(generation_config, GenerationConfig):
+            raise ValueError(f"`generation_config` must be a GenerationConfig, got {generation_config!r}.")
+        settings = SamplingSettings.resolve(
+            config,
+            generation_config,
+            guidance_scale=guidance_scale,
+            guidance_schedule=guidance_schedule,
+            guidance_power=guidance_power,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
+        batch, device = len(conditions_BT), conditions_BT.device
+        generator = checked_generators(generator, batch)
+        self._check_cuda_graphs(device)
+        noise_BLD = None
+        if settings.do_sample:
+            noise_BLD = uniform_noise((batch, config.sequence_length, config.code_depth), generator, device)
+        scales = guidance_scales(
+            settings.guidance_scale, settings.guidance_schedule, settings.guidance_power, config.sequence_length
+        )
+        loop = self._graphed_loop(settings, conditions_BT) if self.cuda_graphs else self._loop(settings, conditions_BT)
+        with evaluation_mode(self):
+            loop.start(conditions_BT, noise_BLD, scales)
+            for cell in range(config.sequence_length):
+                loop.step(cell)
+                if callback is not None:
+                    callback(cell, loop.codes)
+        return loop.finish()
+
+    def _loop(self, settings: SamplingSettings, conditions_BT: Tensor) -> SamplingLoop:
+        batch, device = len(conditions_BT), conditions_BT.device
+        rows = 2 * batch if settings.guided else batch
+        runner = packed_runner(self, rows) if can_run_packed(self) else plain_runner(self, rows, device)
+        return SamplingLoop(self, runner, batch, settings, device)
+
+    def _graphed_loop(self, settings: SamplingSettings, conditions_BT: Tensor) -> GraphedLoop:
+        weights = tuple(weight.data_ptr() for weight in self.parameters())
+        if self._kept_loops is None or self._kept_loops.weights != weights:
+            self._kept_loops = KeptLoops(weights)
+        batch = 2 ** (len(conditions_BT) - 1).bit_length()
+        return self._kept_loops.take(self, batch, conditions_BT.shape[1], settings)
+
+    def _check_cuda_graphs(self, device: torch.device) -> None:
+        attention = self.config._attn_implementation
+        if self.cuda_graphs and (device.type != "cuda" or attention not in ("sdpa", "eager")):
+            raise ValueError(
+                '`cuda_graphs` must be False except on CUDA devices with "sdpa" or "eager" attention, got'
+                f' {device.type} and "{attention}".'
+            )
+
+    def check_conditions(self, class_labels: Tensor | Sequence[int] | int) -> Tensor:
+        """Class labels as `(batch, 1)` int64 on the device where the model runs.
+
+        Raises:
+            ValueError: they are no integers in `[0, num_classes)`.
+        """
+        labels = torch.as_tensor(class_labels)
+        num_classes = self.config.num_classes
+        if labels.is_floating_point() or labels.dtype == torch.bool or labels.ndim > 1 or not labels.numel():
+            raise ValueError(f"`class_labels` must be a non-empty list of integers, got {class_labels!r}.")
+        labels = labels.reshape(-1, 1).long()
+        wrong = labels[(labels < 0) | (labels >= num_classes)].tolist()
+        if wrong:
+            raise ValueError(f"`class_labels` must lie in [0, {num_classes}), got {wrong}.")
+        # Sequentially offloaded weights are on "meta" until a layer runs; the pipeline's labels are where it will run.
+        return labels if self.device.type == "meta" else labels.to(self.device)
+
+    def null_conditions(self, conditions_BT: Tensor) -> Tensor:
+        """The null class in place of each label."""
+        return torch.full_like(conditions_BT, self.config.num_classes)

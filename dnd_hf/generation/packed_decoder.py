@@ -1,0 +1,206 @@
+"""Decoding on CPUs in few operations, with copies of the weights in oneDNN's own layout.
+
+A product of few rows takes as long as its weight takes to read, which is fastest in that layout (`torch.compile` packs
+frozen weights likewise). docs/benchmarks.md says what each step brought, and what did not help.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.packed_linear import PackedLinear, can_pack
+from .decoders import ModelRunner, causal_mask, head_of_each_depth
+from .interface import ImageCodeModel, Layer, LayerStack
+
+
+POSITIONS_AT_ONCE = 32
+"""By how many positions the cache of a `PackedDecoder` grows."""
+
+
+def can_run_packed(model: ImageCodeModel) -> bool:
+    """Whether all layers and heads are as they were built, on a CPU, and in a precision for which oneDNN is there."""
+    if not all(can_pack(weight) for weight in model.parameters()):
+        return False
+    layers = [layer for stack in model.layer_stacks(model.device) for layer in stack.layers]
+    return all(map(_is_plain_linear, model.heads)) and all(map(_is_plain_block, layers))
+
+
+def packed_runner(model: ImageCodeModel, rows: int) -> ModelRunner:
+    """A model whose weights do not change while the runner is in use; for about so many rows."""
+    decoders = [PackedDecoder(stack, rows) for stack in model.layer_stacks(model.device)]
+    heads = head_of_each_depth([joined([head], rows) for head in model.heads], model.config.code_depth)
+    return ModelRunner(decoders, heads, packed_context)
+
+
+@contextmanager
+def packed_context() -> Iterator[None]:
+    """In which packed steps run: nobody else has the tensors that they make, and the weights decide the precision."""
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        yield
+
+
+class PackedDecoder:
+    """A [`Decoder`] over a contiguous cache, since a product would copy it first otherwise.
+
+    The cache grows by `POSITIONS_AT_ONCE`, and a mask hides what is not filled.
+    """
+
+    def __init__(self, stack: LayerStack, rows: int):
+        self.layers = [PackedLayer(layer, rows) for layer in stack.layers]
+        weight = stack.layers[0].self_attn.q_proj.weight
+        self.masks, self.room = causal_mask(stack.length, weight.device, weight.dtype), 0
+        self.rotary = None
+        if stack.rotary is not None:
+            cos, sin = (table[0, :, None] for table in stack.rotary)
+            left, right = sin.chunk(2, -1)
+            self.rotary = cos, torch.cat([-left, right], dim=-1)  # so that turning takes no negation
+
+    def at(self, position: int, count: int = 1) -> list[Layer]:
+        end = position + count
+        while self.room < end:
+            grown = min(POSITIONS_AT_ONCE, len(self.masks) - self.room)
+            for layer in self.layers:
+                layer.attention.grow(grown)
+            self.room += grown
+        mask = self.masks[position:end, : self.room]
+        rotary = None if self.rotary is None else tuple(table[position:end] for table in self.rotary)
+        return [partial(layer, position=position, rotary=rotary, mask=mask) for layer in self.layers]
+
+
+class PackedLayer:
+    """A pre-norm transformer block for few tokens of each of `rows` sequences."""
+
+    def __init__(self, layer: nn.Module, rows: int):
+        self.attention_norm, self.mlp_norm = (
+            packed_norm(layer.input_layernorm),
+            packed_norm(layer.post_attention_layernorm),
+        )
+        self.attention = PackedAttention(layer.self_attn, rows)
+        self.mlp = GatedMLP(layer.mlp, rows) if hasattr(layer.mlp, "gate_proj") else PlainMLP(layer.mlp, rows)
+
+    def __call__(self, hidden_RTC: Tensor, position: int, rotary: tuple[Tensor, Tensor] | None, mask: Tensor) -> Tensor:
+        hidden_RTC = hidden_RTC + self.attention(self.attention_norm(hidden_RTC), position, rotary, mask)
+        return hidden_RTC + self.mlp(self.mlp_norm(hidden_RTC))
+
+    @property
+    def products(self) -> list[PackedLinear]:
+        """All matrix products with weights, in order."""
+        return [*self.attention.products, *self.mlp.products]
+
+
+class PackedAttention:
+    """Self-attention as one product for queries, keys and values, and two over the cache.
+
+    PyTorch's fused kernel is made for many queries; for one in bfloat16 it takes several times as long.
+    """
+
+    def __init__(self, attention: nn.Module, rows: int):
+        self.head_dim, self.scaling = attention.head_dim, attention.scaling
+        self.qkv_proj = joined([attention.q_proj, attention.k_proj, attention.v_proj], rows)
+        self.o_proj = joined([attention.o_proj], rows)
+        self.products = [self.qkv_proj, self.o_proj]
+        self.kv_heads = attention.k_proj.out_features // self.head_dim
+        self.keys = self.values = attention.k_proj.weight.new_empty(rows * self.kv_heads, 0, self.head_dim)
+
+    def grow(self, positions: int) -> None:
+        """Makes room for so many more positions in the cache."""
+        room = self.keys.new_zeros(len(self.keys), positions, self.head_dim)
+        self.keys, self.values = (torch.cat([filled, room], dim=1) for filled in (self.keys, self.values))
+
+    def __call__(self, hidden_RTC: Tensor, position: int, rotary: tuple[Tensor, Tensor] | None, mask: Tensor) -> Tensor:
+        """`(rows, T, hidden_size)` of the tokens from `position` on; cosines and sines `(T, 1, head_dim)`, mask
+        `(T, positions with room)`."""
+        (rows, count, _), sequences = hidden_RTC.shape, len(self.keys)
+        qkv = self.qkv_proj(hidden_RTC).view(rows, count, -1, self.head_dim)
+        turned, value = qkv[:, :, : -self.kv_heads], qkv[:, :, -self.kv_heads :]
+        if rotary is not None:
+            cos, sin = rotary
+            turned = torch.addcmul(turned * cos, turned.roll(self.head_dim // 2, -1), sin)
+        query, key = turned[:, :, : -self.kv_heads] * self.scaling, turned[:, :, -self.kv_heads :]
+        for memory, new in ((self.keys, key), (self.values, value)):
+            memory[:, position : position + count] = new.transpose(1, 2).reshape(sequences, count, -1)
+        # Heads that share keys, and the tokens, are the rows of one product.
+        query = query.unflatten(2, (self.kv_heads, -1)).permute(0, 2, 3, 1, 4).reshape(sequences, -1, self.head_dim)
+        scores = query @ self.keys.mT
+        scores.unflatten(1, (-1, count)).add_(mask)
+        attended = scores.softmax(-1) @ self.values
+        attended = attended.view(rows, -1, count, self.head_dim).transpose(1, 2).reshape(rows, count, -1)
+        return self.o_proj(attended)
+
+
+class GatedMLP:
+    """`down(act(gate(x)) * up(x))`, with gate and up as one product."""
+
+    def __init__(self, mlp: nn.Module, rows: int):
+        self.act_fn = mlp.act_fn
+        self.gate_up_proj, self.down_proj = joined([mlp.gate_proj, mlp.up_proj], rows), joined([mlp.down_proj], rows)
+        self.products = [self.gate_up_proj, self.down_proj]
+
+    def __call__(self, hidden_RTC: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(hidden_RTC).chunk(2, -1)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+class PlainMLP:
+    """`down(act(up(x)))`."""
+
+    def __init__(self, mlp: nn.Module, rows: int):
+        self.act_fn = mlp.act_fn
+        self.up_proj, self.down_proj = joined([mlp.up_proj], rows), joined([mlp.down_proj], rows)
+        self.products = [self.up_proj, self.down_proj]
+
+    def __call__(self, hidden_RTC: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(hidden_RTC)))
+
+
+def joined(layers: list[nn.Linear], rows: int) -> PackedLinear:
+    """Linear layers of the same input as one product, whose outputs stand side by side."""
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    return PackedLinear(torch.cat([layer.weight for layer in layers]), bias, rows)
+
+
+def packed_norm(norm: nn.RMSNorm | nn.LayerNorm) -> Callable[[Tensor], Tensor]:
+    if type(norm) is nn.RMSNorm:
+        return FusedRMSNorm(norm)
+    return partial(
+        F.layer_norm, normalized_shape=norm.normalized_shape, weight=norm.weight, bias=norm.bias, eps=norm.eps
+    )
+
+
+class FusedRMSNorm:
+    """RMS norm by the kernel that CPUs have for layer norm: over [x, -x], whose mean is zero, the two are the same."""
+
+    def __init__(self, norm: nn.RMSNorm):
+        self.weight, self.eps = norm.weight.repeat(2), norm.eps
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        both = torch.cat([hidden_states, -hidden_states], dim=-1)
+        return F.layer_norm(both, self.weight.shape, self.weight, None, self.eps)[..., : hidden_states.shape[-1]]
+
+
+def _is_plain_block(layer: nn.Module) -> bool:
+    """Whether a layer consists of what [`PackedLayer`] reads, and nobody has hooked or replaced a part of it."""
+    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    linear = [getattr(attention, name, None) for name in names] + [getattr(mlp, "up_proj", None)]
+    linear += [getattr(mlp, "down_proj", None)] + ([mlp.gate_proj] if hasattr(mlp, "gate_proj") else [])
+    norms = [getattr(layer, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
+    if not all(type(part) is nn.Linear for part in linear):
+        return False
+    if not all(type(norm) in (nn.RMSNorm, nn.LayerNorm) and norm.weight is not None for norm in norms):
+        return False
+    known = {weight for part in (*linear, *norms) for weight in part.parameters()}
+    return known == set(layer.parameters()) and not any(_is_changed(part) for part in layer.modules())
+
+
+def _is_plain_linear(head: nn.Module) -> bool:
+    return type(head) is nn.Linear and not _is_changed(head)
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether it has hooks, or a `forward` of its own as the offloading of Accelerate gives it."""
+    return bool("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
