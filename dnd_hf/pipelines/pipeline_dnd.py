@@ -1,10 +1,12 @@
-"""DnDPipeline: class labels in, pictures out."""
+"""DnDPipeline: class labels in, images out."""
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from operator import index as as_index
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -15,6 +17,14 @@ from .saving import SavingMixin
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 
 
+class Interrupted(Exception):
+    """Ends the sampling; holds the codes so far."""
+
+    def __init__(self, codes: Tensor):
+        super().__init__()
+        self.codes = codes
+
+
 class DnDPipeline(SavingMixin, DiffusionPipeline):
     """Class-conditional image generation with the DnD-Transformer (arXiv 2410.01912).
 
@@ -23,25 +33,46 @@ class DnDPipeline(SavingMixin, DiffusionPipeline):
 
     Args:
         transformer: a [`DnDForImageGeneration`].
-        vqvae: the [`RQVAE`] whose codes it was trained on.
+        vqvae: the [`RQVAE`] whose codes it was trained on; `None`: codes are all that the pipeline makes.
 
     Raises:
-        ValueError: the two do not speak of the same codes.
+        ValueError: the codes of the one are not those of the other.
     """
 
     model_cpu_offload_seq = "transformer->vqvae"
+    _optional_components = ["vqvae"]
     _callback_tensor_inputs = ["codes"]
 
-    def __init__(self, transformer: PreTrainedModel, vqvae: ModelMixin):
+    def __init__(self, transformer: PreTrainedModel, vqvae: ModelMixin | None):
         super().__init__()
+        self.register_modules(transformer=transformer, vqvae=vqvae)
+        self._interrupt = False
+        if vqvae is None:
+            return
         for ours, theirs in (("vocab_size", "num_vq_embeddings"), ("code_depth", "code_depth")):
             expected, found = getattr(transformer.config, ours), vqvae.config[theirs]
             if expected != found:
                 raise ValueError(
                     f"`transformer` has `{ours}` {expected}, `vqvae` has `{theirs}` {found}: must be equal."
                 )
-        self.register_modules(transformer=transformer, vqvae=vqvae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=vqvae.stride)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "DnDPipeline":
+        """A pipeline of the same models, as in diffusers: they are shared, and become float32 unless `dtype` is given.
+
+        Args:
+            pipeline: another pipeline of a `transformer` and a `vqvae`.
+            kwargs: `dtype`, and models that take the place of the pipeline's.
+        """
+        # diffusers takes over a model only if the signature names its very class.
+        shared = {name: pipeline.components[name] for name in ("transformer", "vqvae") if name not in kwargs}
+        return super().from_pipe(pipeline, **shared, **kwargs)
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the sampling was stopped: a callback sets `pipe._interrupt = True` to end it after its position."""
+        return self._interrupt
 
     @property
     def labels(self) -> dict[str, int]:
@@ -61,7 +92,8 @@ class DnDPipeline(SavingMixin, DiffusionPipeline):
         labels, ids = self.labels, []
         for name in [label] if isinstance(label, str) else label:
             if name not in labels:
-                near = get_close_matches(name, labels, n=3, cutoff=0.5)
+                known = {one.lower(): one for one in labels}
+                near = [known[one] for one in get_close_matches(name.lower(), known, n=3, cutoff=0.5)]
                 hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "`pipe.labels` lists them."
                 raise ValueError(f"`class_labels` must be names of this model's classes, got {name!r}: {hint}")
             ids.append(labels[name])
@@ -76,64 +108,99 @@ class DnDPipeline(SavingMixin, DiffusionPipeline):
         temperature: float | Sequence[float] | None = None,
         top_k: int | Sequence[int] | None = None,
         top_p: float | Sequence[float] | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: torch.Generator | int | Sequence[torch.Generator | int] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["DnDPipeline", int, int, dict], dict | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("codes",),
         guidance_schedule: str | None = None,
         guidance_power: float | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Makes `num_images_per_label` pictures of each label, those of one label side by side.
+        """Makes `num_images_per_label` images of each label, those of one label side by side.
 
         Args:
             class_labels: ids in `[0, num_classes)` or names, one or several; may be left out where there is one class.
             num_images_per_label: at least 1.
             guidance_scale, temperature, top_k, top_p, guidance_schedule, guidance_power: see
                 [`DnDForImageGeneration.generate`]; `None`: what the checkpoint's `generation_config.json` says.
-            generator: one, or a list of one an image; image i then depends on its own generator alone.
+            generator: one, or a list of one per image; image i then depends only on its own generator. An integer is
+                the seed of a new one.
             output_type: `"pil"`, `"np"` (float `(n, H, W, 3)` in [0, 1]), `"pt"` (float `(n, 3, H, W)` in [0, 1]) or
                 `"codes"` (int64 `(n, height, width, depth)`).
             return_dict: whether to return an `ImagePipelineOutput` or the tuple `(images,)`.
-            callback_on_step_end: called as `callback(pipe, step, step, {"codes": codes so far})` after each of the
-                `height * width` grid positions.
+            callback_on_step_end: called as `callback(pipe, step, step, tensors)` after each of the `height * width`
+                grid positions. It may look at the codes but not replace them: the next position has already read them.
+                Where it sets `pipe._interrupt = True`, the sampling ends, and the images are made of the codes so far,
+                the others being 0.
+            callback_on_step_end_tensor_inputs: which tensors it gets; `"codes"`, a copy of the codes so far, or none.
 
         Raises:
-            ValueError: an argument out of its range; nothing has been computed then.
+            ValueError: an argument out of its range, nothing has been computed then; or codes that a callback changed.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}.")
-        if not isinstance(num_images_per_label, int) or num_images_per_label < 1:
-            raise ValueError(
-                f"`num_images_per_label` must be a whole number, at least 1, got {num_images_per_label!r}."
-            )
+        # 1. Check the inputs
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        self.check_inputs(num_images_per_label, output_type, callback_on_step_end_tensor_inputs)
         ids = torch.tensor(self._label_ids(class_labels), device=self._execution_device)
-        ids = ids.repeat_interleave(num_images_per_label)
+        ids = ids.repeat_interleave(as_index(num_images_per_label))
 
+        # 2. Sample the codes
+        self._interrupt = False
         with self.progress_bar(total=self.transformer.config.sequence_length) as progress:
 
             def on_step(step: int, codes: Tensor) -> None:
                 if callback_on_step_end is not None:
-                    callback_on_step_end(self, step, step, {"codes": codes})
+                    tensors = {name: codes.clone() for name in callback_on_step_end_tensor_inputs}
+                    returned = (callback_on_step_end(self, step, step, tensors) or {}).get("codes", codes)
+                    if not torch.equal(returned, codes):
+                        raise ValueError("`callback_on_step_end` must not change the codes: they cannot be replaced.")
                 progress.update()
+                if self.interrupt:
+                    raise Interrupted(codes)
 
-            codes = self.transformer.generate(
-                ids,
-                guidance_scale=guidance_scale,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                generator=generator,
-                guidance_schedule=guidance_schedule,
-                guidance_power=guidance_power,
-                callback=on_step,
-            )
-        if output_type == "codes":
-            images = codes
-        else:
-            samples = self.vqvae.decode_codes(codes).sample
-            images = self.image_processor.postprocess(samples, output_type=output_type)
+            try:
+                codes = self.transformer.generate(
+                    ids,
+                    guidance_scale=guidance_scale,
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    generator=generator,
+                    guidance_schedule=guidance_schedule,
+                    guidance_power=guidance_power,
+                    callback=on_step,
+                )
+            except Interrupted as interrupted:
+                codes = interrupted.codes.clone()
+
+        # 3. Decode them
+        images = codes
+        if output_type != "codes":
+            images = self.image_processor.postprocess(self.vqvae.decode_codes(codes).sample, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def check_inputs(
+        self, num_images_per_label: int, output_type: str, callback_on_step_end_tensor_inputs: Sequence[str]
+    ) -> None:
+        """Raises a ValueError for an argument of `__call__` that it does not pass on."""
+        allowed = OUTPUT_TYPES if self.vqvae is not None else ("codes",)
+        if output_type not in allowed:
+            without = "" if self.vqvae is not None else " of a pipeline without a `vqvae`"
+            raise ValueError(f"`output_type`{without} must be one of {allowed}, got {output_type!r}.")
+        try:
+            enough = not isinstance(num_images_per_label, bool) and as_index(num_images_per_label) >= 1
+        except TypeError:
+            enough = False
+        if not enough:
+            raise ValueError(
+                f"`num_images_per_label` must be a whole number, at least 1, got {num_images_per_label!r}."
+            )
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be of {self._callback_tensor_inputs}, got {unknown}."
+            )
 
     def _label_ids(self, class_labels) -> list[int]:
         num_classes = self.transformer.config.num_classes

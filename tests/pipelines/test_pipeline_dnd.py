@@ -4,6 +4,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate import cpu_offload
+from diffusers import DiffusionPipeline
+from diffusers.callbacks import PipelineCallback
 
 from dnd_hf import DnDPipeline
 
@@ -102,6 +105,139 @@ def test_callback_is_called_after_every_cell(make_pipeline):
     assert all(pipeline is pipe for pipeline, *_ in calls)
     assert torch.equal(calls[2][3].flatten(1, 2)[:, :3], codes.flatten(1, 2)[:, :3])
     assert torch.equal(calls[-1][3], codes)
+
+
+@pytest.mark.parametrize("returned", ["tensors", "nothing", "other"])
+def test_a_callback_may_look_at_the_codes_and_not_change_them(returned, make_pipeline):
+    pipe = make_pipeline()
+
+    def callback(pipeline, step, timestep, tensors):
+        answer = {"tensors": tensors, "nothing": {}, "other": {"other": torch.zeros(1)}}[returned]
+        if returned != "tensors":
+            tensors["codes"][:] = 0  # of a copy
+        return answer
+
+    codes = pipe(1, generator=generators(0), callback_on_step_end=callback, output_type="codes").images
+    assert torch.equal(codes, codes_of(pipe, 1, 0))
+
+
+@pytest.mark.parametrize("new", [lambda codes: codes.zero_(), lambda codes: codes[:, :1]], ids=["values", "shape"])
+def test_a_callback_that_replaces_the_codes_is_an_error(new, make_pipeline):
+    with pytest.raises(ValueError, match="`callback_on_step_end` must not change the codes"):
+        make_pipeline()(1, callback_on_step_end=lambda pipe, step, _, tensors: {"codes": new(tensors["codes"])})
+
+
+def test_a_callback_gets_the_tensors_that_are_asked_for(make_pipeline):
+    pipe, calls = make_pipeline(), []
+
+    def callback(pipeline, step, timestep, tensors):
+        calls.append(sorted(tensors))
+        return tensors
+
+    pipe(1, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=[])
+    pipe(1, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["codes"])
+    assert calls == [[]] * 6 + [["codes"]] * 6
+    with pytest.raises(ValueError, match=r"`callback_on_step_end_tensor_inputs` must be of .*, got \['latents'\]"):
+        pipe(1, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["latents", "codes"])
+
+
+def test_a_callback_object_of_diffusers_names_its_tensors(make_pipeline):
+    class Watch(PipelineCallback):
+        tensor_inputs = ["codes"]
+
+        def callback_fn(self, pipeline, step, timestep, tensors):
+            seen.append(tensors["codes"])
+            return tensors
+
+    seen = []
+    watch = Watch(cutoff_step_ratio=None, cutoff_step_index=0)
+    codes = make_pipeline()(1, callback_on_step_end=watch, output_type="codes").images
+    assert torch.equal(seen[-1], codes)
+
+
+def test_an_interrupt_ends_the_sampling_with_the_codes_so_far(make_pipeline):
+    pipe, steps = make_pipeline(), []
+
+    def callback(pipeline, step, timestep, tensors):
+        steps.append(step)
+        pipeline._interrupt = step == 2
+        return tensors
+
+    part = pipe(1, generator=generators(0), callback_on_step_end=callback, output_type="codes").images
+    assert steps == [0, 1, 2] and pipe.interrupt
+    whole = codes_of(pipe, 1, 0)
+    assert not pipe.interrupt
+    assert torch.equal(part.flatten(1, 2)[:, :3], whole.flatten(1, 2)[:, :3])
+    assert not part.flatten(1, 2)[:, 3:].any() and whole.flatten(1, 2)[:, 3:].any()
+    (image,) = pipe(1, callback_on_step_end=callback).images
+    assert image.size == (6, 4)
+
+
+def test_without_a_tokenizer_it_makes_codes_and_nothing_else(make_pipeline, tmp_path):
+    whole = make_pipeline()
+    whole.save_pretrained(tmp_path / "whole")
+    pipe = DnDPipeline(transformer=whole.transformer, vqvae=None)
+    pipe.save_pretrained(tmp_path / "codes")
+    assert not (tmp_path / "codes" / "vqvae").exists()
+    loaded = [
+        DnDPipeline.from_pretrained(tmp_path / "whole", vqvae=None),
+        DiffusionPipeline.from_pretrained(tmp_path / "whole", vqvae=None, trust_remote_code=True),
+        DnDPipeline.from_pretrained(tmp_path / "codes"),
+        DiffusionPipeline.from_pretrained(tmp_path / "codes", trust_remote_code=True),
+    ]
+    for one in [pipe, *loaded]:
+        assert one.vqvae is None
+        assert torch.equal(codes_of(one, [1, 2], 0, 1), codes_of(whole, [1, 2], 0, 1))
+        with pytest.raises(ValueError, match=r"`output_type` of a pipeline without a `vqvae` must be .*, got 'pil'"):
+            one(1)
+    again = DnDPipeline.from_pretrained(tmp_path / "codes", vqvae=whole.vqvae)
+    assert again(1, output_type="pt").images.shape == (1, 3, 4, 6)
+
+
+def test_a_pipeline_is_made_of_the_models_of_another(make_pipeline):
+    pipe = make_pipeline()
+    pipe(0)
+    made = DnDPipeline.from_pipe(pipe)
+    assert made is not pipe and made.transformer is pipe.transformer and made.vqvae is pipe.vqvae
+    assert torch.equal(codes_of(made, 1, 0), codes_of(pipe, 1, 0))
+    assert DnDPipeline.from_pipe(pipe, vqvae=None).vqvae is None
+    assert DnDPipeline.from_pipe(DnDPipeline(pipe.transformer, None), vqvae=pipe.vqvae).vqvae is pipe.vqvae
+    assert DnDPipeline.from_pipe(pipe, dtype=torch.bfloat16).transformer.dtype == torch.bfloat16
+    assert pipe.vqvae.quantizer.codebooks.dtype == torch.float32
+
+
+def test_a_near_name_is_proposed_whatever_its_case(make_pipeline):
+    pipe = make_pipeline(id2label={0: "WHALE", 1: "Tiger", 2: "b", 3: "c"})
+    for name, proposed in (("whale", "'WHALE'"), ("TIGERS", "'Tiger'"), ("xyzzy", "`pipe.labels` lists them")):
+        with pytest.raises(ValueError, match=f"got '{name}'.*{proposed}"):
+            pipe(name)
+
+
+def test_counts_and_seeds_may_be_numbers_of_numpy(make_pipeline):
+    pipe = make_pipeline()
+    codes = pipe(1, num_images_per_label=np.int64(2), generator=np.int64(3), output_type="codes").images
+    expected = pipe.transformer.generate([1, 1], generator=torch.Generator().manual_seed(3))
+    assert torch.equal(codes, expected)
+    assert torch.equal(pipe([1, 2], generator=[4, 5], output_type="codes").images, codes_of(pipe, [1, 2], 4, 5))
+    for wrong in (0, True, 1.0, np.float64(2), "2", None):
+        with pytest.raises(ValueError, match="`num_images_per_label` must be a whole number"):
+            pipe(1, num_images_per_label=wrong)
+
+
+def offload_layer_by_layer(pipe):
+    """`enable_sequential_cpu_offload` as for a GPU, which names the device "cpu:0" and fails there in accelerate."""
+    for model in pipe.components.values():
+        cpu_offload(model, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("offload", [lambda pipe: pipe.enable_model_cpu_offload(device="cpu"), offload_layer_by_layer])
+def test_offloaded_models_make_the_same_codes_and_images(offload, make_pipeline):
+    pipe = make_pipeline()
+    codes, image = (pipe(1, generator=generators(0), output_type=kind).images for kind in ("codes", "pt"))
+    offload(pipe)
+    for _ in range(2):
+        assert torch.equal(pipe(1, generator=generators(0), output_type="codes").images, codes)
+        torch.testing.assert_close(pipe(1, generator=generators(0), output_type="pt").images, image)
 
 
 def test_progress_bar_counts_the_cells(make_pipeline, capsys):
