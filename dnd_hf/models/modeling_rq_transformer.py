@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel, initialization
+from transformers import PreTrainedModel, initialization
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -20,6 +20,7 @@ from transformers.models.opt.modeling_opt import eager_attention_forward
 from transformers.utils import ModelOutput
 
 from ..generation.interface import ChooseCodes, Decoder, LayerStack
+from ..generation.mixin import ImageGenerationMixin
 from ..ops.linear_cross_entropy import head_cross_entropy
 from .configuration_rq_transformer import RQTransformerConfig
 
@@ -100,7 +101,7 @@ class RQTransformerLayer(GradientCheckpointingLayer):
         return hidden_states + self.residual_dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
 
-class RQTransformerForImageGeneration(GenerationMixin, PreTrainedModel):
+class RQTransformerForImageGeneration(ImageGenerationMixin, PreTrainedModel):
     """RQ-Transformer (arXiv 2203.01941, Section 3.2): one transformer over the grid, another over each cell's codes.
 
     The body reads the condition (a class or text tokens) and then one token a cell, the sum of its codes' embeddings;
@@ -349,6 +350,7 @@ class RQTransformerForImageGeneration(GenerationMixin, PreTrainedModel):
         """Compiles the layers of both stacks, for training and `generate`; the name and the arguments, those of
         `torch.compile`, are diffusers'."""
         ModelMixin.compile_repeated_blocks(self, *args, **kwargs)
+        self._kept_loops = None  # their graphs are of the layers as they were
 
 
 def _summed_loss(head: nn.Module, hidden: Tensor, targets: Tensor, vocab_size: int, logits: Tensor | None) -> Tensor:

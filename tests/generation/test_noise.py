@@ -120,3 +120,24 @@ def test_greedy_decoding_leaves_the_generators_alone(make_model):
     codes = model.generate([0, 1], do_sample=False, generator=generator)
     assert torch.equal(generator.get_state(), state) and torch.equal(torch.get_rng_state(), global_state)
     assert torch.equal(codes, model.generate([0, 1], do_sample=False))
+
+
+def test_an_integer_is_the_seed_of_a_generator_of_its_own(make_model):
+    model = make_model()
+    state = torch.get_rng_state()
+    for seed in (3, np.int64(3), np.uint8(3), True + np.int32(2)):
+        assert torch.equal(model.generate([0, 1], generator=seed), model.generate([0, 1], generator=generators(3)[0]))
+    expected = model.generate([0, 1, 2], generator=generators(5, 2**64 - 1, 0))
+    seeds = [5, generators(2**64 - 1)[0], np.int64(0)]
+    assert torch.equal(model.generate([0, 1, 2], generator=seeds), expected)
+    assert torch.equal(model.generate([0, 1, 2], generator=(5, 2**64 - 1, 0)), expected)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "generator",
+    [-1, 2**64, 1.0, True, "3", np.float32(3), np.array([3, 4]), [3], [3, None], [], {}, [[3], 4]],
+)
+def test_what_is_no_generator_and_no_seed_is_refused(generator, make_model):
+    with pytest.raises(ValueError, match="`generator` must be"):
+        make_model().generate([0, 1], generator=generator)

@@ -1,5 +1,6 @@
 """Proves where sampling settings come from, and that wrong ones are refused."""
 
+import numpy as np
 import pytest
 import torch
 from definitions import generators
@@ -33,3 +34,39 @@ def test_an_empty_generation_config_means_plain_sampling_and_guidance_where_it_c
     empty = model.generate([0, 1, 2], generator=generators(4, 5, 6), generation_config=GenerationConfig())
     assert torch.equal(empty, expected)
     assert torch.equal(model.generate([0, 1, 2], generator=generators(4, 5, 6)), expected)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(temperature=np.float32(0.5), top_k=np.int64(6), top_p=np.float64(0.75), guidance_scale=np.int32(3)),
+        dict(temperature=np.array([0.5, 0.5]), top_k=torch.tensor([6, 6]), top_p=(0.75, 0.75), guidance_scale=3),
+        dict(temperature=torch.tensor(0.5), top_k=6.0, top_p=np.array(0.75), guidance_scale=3.0),
+    ],
+    ids=["numpy", "arrays", "scalars"],
+)
+def test_numbers_may_be_those_of_numpy_and_tensors(settings, make_model):
+    model = make_model()
+    expected = model.generate(
+        [0, 1], generator=generators(1, 2), temperature=0.5, top_k=6, top_p=0.75, guidance_scale=3.0
+    )
+    assert torch.equal(model.generate([0, 1], generator=generators(1, 2), **settings), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("guidance_scale", 1e300),
+        ("guidance_scale", 10**400),
+        ("temperature", 10**400),
+        ("temperature", [1.0, np.nan]),
+        ("top_k", 2.5),
+        ("top_p", np.float32(1.5)),
+        ("generation_config", {"temperature": 0.5}),
+        ("guidance_schedule", "square"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_refused_by_name(name, value, make_model):
+    with pytest.raises(ValueError, match=f"`{name}` must be"):
+        make_model().generate([0, 1], **{name: value})

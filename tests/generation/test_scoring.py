@@ -1,0 +1,109 @@
+"""Proves score(): against enumeration of all grids, against forward, in pieces, for both architectures."""
+
+import itertools
+
+import pytest
+import torch
+from definitions import generators
+
+from dnd_hf import RQTransformerConfig, RQTransformerForImageGeneration
+from dnd_hf.generation import scoring
+
+
+def make_rq_transformer(**overrides) -> RQTransformerForImageGeneration:
+    sizes = dict(vocab_size=11, hidden_size=16, num_hidden_layers=2, num_depth_layers=2, num_attention_heads=2)
+    sizes |= dict(grid_size=(2, 3), code_depth=2, num_classes=4, class_dropout_prob=0.1, code_vector_size=8)
+    model = RQTransformerForImageGeneration(RQTransformerConfig(**{**sizes, **overrides})).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data = 1 + 0.2 * noise if "norm" in name else 0.4 * noise
+    return model
+
+
+@pytest.fixture(params=["dnd", "vertical", "parallel", "rq_transformer"])
+def make(request, make_model):
+    """A function that makes a tiny model of an architecture."""
+    if request.param == "rq_transformer":
+        return make_rq_transformer
+    return lambda **overrides: make_model(depth_mode=request.param, **overrides)
+
+
+def test_the_scores_of_all_grids_are_a_distribution_and_that_of_sampling(make):
+    model = make(vocab_size=3, grid_size=(1, 2))
+    grids = torch.tensor(list(itertools.product(range(3), repeat=4))).view(81, 1, 2, 2)
+    probabilities = model.score([1] * 81, grids).total.exp()
+    assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
+    total = 20_000
+    codes = model.generate([1] * total, guidance_scale=1.0, generator=generators(0)[0])
+    counts = torch.bincount((codes.flatten(1) @ torch.tensor([27, 9, 3, 1])), minlength=81)
+    spread = (total * probabilities * (1 - probabilities)).sqrt()
+    assert ((counts - total * probabilities).abs() <= 5 * spread + 1).all()
+
+
+@torch.no_grad()
+def test_a_score_is_the_log_probability_of_each_code_given_those_before_it(make, make_inputs):
+    model = make()
+    labels, codes = make_inputs(model, batch=5)
+    output = model.score(labels, codes)
+    logits = model.double()(labels, codes).logits.view(5, 2, 3, 2, 11)
+    expected = logits.log_softmax(-1).gather(-1, codes[..., None]).squeeze(-1)
+    torch.testing.assert_close(output.log_probs.double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(output.total.double(), expected.sum((1, 2, 3)), rtol=0, atol=1e-4)
+    assert output.log_probs.dtype == output.total.dtype == torch.float32
+
+
+def test_a_score_without_labels_is_that_of_the_null_class(make, make_inputs):
+    model = make()
+    _, codes = make_inputs(model)
+    with torch.no_grad():
+        logits = model(torch.tensor([4, 4]), codes).logits.view(2, 2, 3, 2, 11)
+    expected = logits.log_softmax(-1).gather(-1, codes[..., None]).squeeze(-1)
+    torch.testing.assert_close(model.score(None, codes).log_probs, expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="`class_labels` must be given"):
+        make(class_dropout_prob=0.0).score(None, codes)
+
+
+def test_pieces_and_batches_give_the_same_scores_and_never_more_logits_than_a_piece(make, make_inputs, monkeypatch):
+    model, seen = make(), []
+    labels, codes = make_inputs(model, batch=7)
+    expected = model.score(labels, codes).log_probs
+    for head in model.heads:
+        head.register_forward_hook(lambda head, args, output: seen.append(output.numel()))
+    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 60)
+    for batch_size in (1, 3, 64):
+        seen.clear()
+        log_probs = model.score(labels, codes, batch_size=batch_size).log_probs
+        torch.testing.assert_close(log_probs, expected, rtol=0, atol=1e-5)
+        assert max(seen) <= 60 and sum(seen) == 7 * 6 * 2 * 11
+
+
+def test_scores_of_a_model_in_training_mode_are_without_dropout_and_gradients(make, make_inputs):
+    model = make(residual_dropout=0.5, embedding_dropout=0.5, class_dropout_prob=0.5)
+    labels, codes = make_inputs(model)
+    expected = model.score(labels, codes)
+    output = model.train().score(labels, codes)
+    assert torch.equal(output.log_probs, expected.log_probs) and not output.total.requires_grad
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("argument", "change"),
+    [
+        ("codes", lambda labels, codes: (labels, codes[:, :1])),
+        ("codes", lambda labels, codes: (labels, codes.float())),
+        ("codes", lambda labels, codes: (labels, codes + 11)),
+        ("codes", lambda labels, codes: (labels, codes - 11)),
+        ("codes", lambda labels, codes: (labels[:0], codes[:0])),
+        ("class_labels", lambda labels, codes: (labels[:1], codes)),
+        ("class_labels", lambda labels, codes: (labels + 4, codes)),
+        ("class_labels", lambda labels, codes: (labels.float(), codes)),
+    ],
+)
+def test_wrong_labels_and_codes_are_refused_by_name(argument, change, make, make_inputs):
+    model = make()
+    labels, codes = change(*make_inputs(model))
+    with pytest.raises(ValueError, match=f"`{argument}` must"):
+        model.score(labels, codes)
+    with pytest.raises(ValueError, match="`batch_size` must be"):
+        model.score(*make_inputs(model), batch_size=0)
