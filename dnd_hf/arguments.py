@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
+from accelerate import PartialState
 from accelerate.tracking import get_available_trackers
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -20,8 +21,9 @@ from .data.images import (
     ReplaceBrokenImages,
     TenCrop,
     WithMirrorImage,
-    load_image_dataset,
 )
+from .data.rgb import parse_background
+from .data.sources import load_image_dataset
 from .training.data_order import hold_out
 
 
@@ -89,6 +91,9 @@ class ImageArguments:
     crop_range: float = HfArg(
         default=1.0, help="Pictures first cover this many times their size, then are cropped; the paper's is 1.1."
     )
+    background: str = HfArg(
+        default="white", help="What transparent images are laid on: white, black or #RRGGBB (in quotes)."
+    )
     dataloader_num_workers: int = HfArg(default=2, help="Processes that prepare data, for each training process.")
     seed: int = HfArg(default=0, help="Of the weights, the order of the data, augmentation and dropout.")
 
@@ -107,12 +112,13 @@ class ImageArguments:
             raise ValueError(f"--max_broken_share must lie in [0, 1], got {self.max_broken_share}.")
         if self.crop_range is not None and self.crop_range < 1:
             raise ValueError(f"--crop_range must be at least 1, got {self.crop_range}.")
+        parse_background(self.background)
         if self.dataloader_num_workers < 0:
             raise ValueError(f"--dataloader_num_workers must not be negative, got {self.dataloader_num_workers}.")
 
     def load_images(self, transform: ImageTransform | WithMirrorImage | TenCrop) -> ImageDataset | ImageStream:
-        """The data set these arguments name; see [`load_image_dataset`] for the errors."""
-        return load_image_dataset(
+        """The data set these arguments name, which is described on the console; see [`load_image_dataset`]."""
+        dataset = load_image_dataset(
             self.dataset_name,
             transform,
             self.dataset_split,
@@ -123,6 +129,9 @@ class ImageArguments:
             self.seed,
             self.streaming,
         )
+        if PartialState().is_main_process:
+            print(f"{self.dataset_name}: {dataset.description}")
+        return dataset
 
 
 @dataclass
@@ -203,9 +212,10 @@ class TrainingArguments(ImageArguments):
         Broken pictures of the parts are replaced ([`ReplaceBrokenImages`]). See [`load_image_dataset`] for the errors.
         """
         crop = "random" if self.random_crop else "center"
-        dataset = self.load_images(ImageTransform(size, crop, self.random_flip, self.crop_range))
+        dataset = self.load_images(ImageTransform(size, crop, self.random_flip, self.crop_range, self.background))
         train_set, held_out = hold_out(dataset, self.num_validation_images, self.seed)
-        centered = replace(dataset, transform=ImageTransform(size, crop_range=self.crop_range))
+        center = ImageTransform(size, crop_range=self.crop_range, background=self.background)
+        centered = replace(dataset, transform=center)
         parts = (train_set, Subset(centered, held_out.indices))
         return dataset, *(ReplaceBrokenImages(part, self.max_broken_share, len(dataset)) for part in parts)
 

@@ -26,7 +26,8 @@ from transformers.hf_argparser import HfArg
 from dnd_hf import RQVAE, DnDPipeline
 from dnd_hf.arguments import SamplingArguments, parse_arguments
 from dnd_hf.bundled import checkpoint_path
-from dnd_hf.data.images import ImageDataset, ImageTransform, as_size, check_stride, load_image_dataset
+from dnd_hf.data.images import ImageDataset, ImageTransform, as_size, check_stride
+from dnd_hf.data.sources import load_image_dataset
 from dnd_hf.evaluation.features import NEIGHBOURS, InceptionFeatures, ModelFeatures
 from dnd_hf.evaluation.generation import (
     check_balance,

@@ -53,6 +53,7 @@ DATA_OPTIONS = (
     "ten_crop",
     "with_mirror_image",
     "crop_range",
+    "background",
     "shard_size",
 )
 """Options that decide which rows there are; an extraction goes on only where all of them are the same."""
@@ -107,8 +108,8 @@ class ExtractionArguments(ImageArguments):
     def transform(self, size: tuple[int, int]) -> ImageTransform | WithMirrorImage | TenCrop:
         """What makes one or more crops of `size` of a picture."""
         if self.ten_crop:
-            return TenCrop(size, self.crop_range)
-        transform = ImageTransform(size, crop_range=self.crop_range)
+            return TenCrop(size, self.crop_range, self.background)
+        transform = ImageTransform(size, crop_range=self.crop_range, background=self.background)
         return WithMirrorImage(transform) if self.with_mirror_image else transform
 
 

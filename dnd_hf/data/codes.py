@@ -9,11 +9,11 @@ an extraction can be killed and go on; `dataset_info.json` comes last and says t
 """
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice, takewhile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import datasets
 import numpy as np
@@ -23,7 +23,7 @@ from datasets import ClassLabel, Features, List, Value
 from datasets.fingerprint import generate_random_fingerprint
 from torch import Tensor
 
-from ..files import keep_settings, remove, written_whole
+from ..files import keep_settings, read_json, remove, write_json, write_text, written_whole
 from .images import BrokenImageError, ImageDataset, ImageStream, collate_images
 
 
@@ -162,20 +162,19 @@ class CodesWriter:
         """Makes one dataset of all shards as they lie, and lists broken pictures in `broken_images.jsonl`."""
         shards = self.shards()
         broken = [json.dumps(picture) + "\n" for note in shards.values() for picture in note["broken"]]
-        (self.path / "broken_images.jsonl").write_text("".join(broken))
+        write_text(self.path / "broken_images.jsonl", "".join(broken))
+        for leftover in self.path.glob(".*.unfinished"):  # of processes that were killed
+            remove(leftover)
         # The library describes a dataset without rows, whose description fits the shards too.
-        folder = self.path / "unfinished"
-        empty = datasets.Dataset.from_dict({name: [] for name in self.features}, features=self.features)
-        empty.save_to_disk(folder)
-        state = json.loads((folder / "state.json").read_text()) | {
-            "_data_files": [{"filename": f"data-{part:05d}-{shard:05d}.arrow"} for part, shard in shards],
-            "_fingerprint": generate_random_fingerprint(),
-        }
-        (self.path / "state.json").write_text(json.dumps(state, indent=2))
-        (folder / "dataset_info.json").replace(self.path / "dataset_info.json")
-        shutil.rmtree(folder)
-        for path in self.path.glob(".*.unfinished"):
-            remove(path)
+        with TemporaryDirectory(dir=self.path, prefix=".", suffix=".unfinished") as folder:
+            empty = datasets.Dataset.from_dict({name: [] for name in self.features}, features=self.features)
+            empty.save_to_disk(folder)
+            state = read_json(Path(folder, "state.json")) | {
+                "_data_files": [{"filename": f"data-{part:05d}-{shard:05d}.arrow"} for part, shard in shards],
+                "_fingerprint": generate_random_fingerprint(),
+            }
+            write_json(self.path / "state.json", state)
+            Path(folder, "dataset_info.json").replace(self.path / "dataset_info.json")
 
 
 class CodesDataset(torch.utils.data.Dataset):

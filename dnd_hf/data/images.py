@@ -1,23 +1,25 @@
-"""Image sources to tensors: any source of the `datasets` library, a local folder, or the rendered `words`."""
+"""Images to tensors and back, and datasets of labelled images; sources.py opens them."""
 
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any, Literal
 
-import datasets
 import fsspec
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .words import WordImages
+from .rgb import as_rgb, correct_transparency, parse_background
 
 
 logger = logging.getLogger(__name__)
+
+MAX_NAMES = 8
+"""Names of classes that a description gives."""
 
 
 def as_size(resolution: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
@@ -63,16 +65,17 @@ def covering_size(resolution: tuple[int, int], crop_range: float) -> tuple[int, 
 
 
 class ImageTransform:
-    """Picture of any size and mode -> `(3, H, W)` float32 in [-1, 1].
+    """Image of any size and mode -> `(3, H, W)` float32 in [-1, 1].
 
-    The picture is resized until it just covers `crop_range` times `resolution`, cropped and perhaps mirrored. Random
-    choices come from torch's global generator.
+    The image becomes RGB ([`as_rgb`]), is resized until it just covers `crop_range` times `resolution`, cropped and
+    perhaps mirrored. Random choices come from torch's global generator.
 
     Args:
         resolution: height and width of the result, pixels; one number for a square.
         crop: which part remains.
-        random_flip: mirror left and right in half of the cases; wrong for pictures of text.
+        random_flip: mirror left and right in half of the cases; wrong for images of text.
         crop_range: at least 1; above it the edges are cropped too. The range of arXiv 2410.01912 is 1.1.
+        background: of transparent images: `white`, `black` or `#RRGGBB`.
     """
 
     def __init__(
@@ -81,16 +84,18 @@ class ImageTransform:
         crop: Literal["center", "random"] = "center",
         random_flip: bool = False,
         crop_range: float = 1.0,
+        background: str = "white",
     ):
         if crop not in ("center", "random"):
             raise ValueError(f"`crop` must be 'center' or 'random', got {crop!r}.")
         self.resolution = as_size(resolution)
         self.covering_size = covering_size(self.resolution, crop_range)
         self.crop, self.random_flip = crop, random_flip
+        self.background = parse_background(background)
 
     def __call__(self, image: Image.Image) -> Tensor:
         height, width = self.resolution
-        image = resize_to_cover(image.convert("RGB"), self.covering_size)
+        image = resize_to_cover(as_rgb(image, self.background), self.covering_size)
         room = (image.height - height, image.width - width)
         if self.crop == "center":
             top, left = (space // 2 for space in room)
@@ -100,6 +105,16 @@ class ImageTransform:
         if self.random_flip and torch.rand(()) < 0.5:
             image = ImageOps.mirror(image)
         return to_pixels(image)
+
+
+def open_image(value: dict) -> Image.Image:
+    """Decodes `{"bytes": of a file or None, "path": of a file}`."""
+    source = value["path"] if value.get("bytes") is None else BytesIO(value["bytes"])
+    with Image.open(source) as image:
+        correct_transparency(image)
+        image.load()
+        image.getexif()  # which may need the file
+        return image
 
 
 class WithMirrorImage:
@@ -120,9 +135,9 @@ class TenCrop:
     `crop_range` times as high and wide as `resolution`.
     """
 
-    def __init__(self, resolution: int | tuple[int, int], crop_range: float = 1.1):
+    def __init__(self, resolution: int | tuple[int, int], crop_range: float = 1.1, background: str = "white"):
         self.resolution = as_size(resolution)
-        self.center = ImageTransform(covering_size(self.resolution, crop_range))
+        self.center = ImageTransform(covering_size(self.resolution, crop_range), background=background)
 
     def __call__(self, image: Image.Image) -> Tensor:
         height, width = self.resolution
@@ -146,11 +161,14 @@ class ImageSource:
     """Pictures with labels, and what makes tensors of them.
 
     Args:
-        source: its items are dicts of a picture (PIL's, or not yet decoded as in `datasets.Image(decode=False)`) and,
+        source: its items are dicts of an image (PIL's, or not yet decoded as in `datasets.Image(decode=False)`) and,
             where `label_column` is given, a label: an integer, or a string of `class_names`.
-        transform: [`ImageTransform`], [`TenCrop`] or another function of one picture.
+        transform: [`ImageTransform`], [`TenCrop`] or another function of one image.
         class_names: name of each label; without labels there is one class.
         image_column, label_column: keys of the source's items; `label_column=None`: every label is 0.
+        labels: the labels as they stand in the source, one for each class, in the order of `class_names`; `None`: they
+            are the numbers of the classes, or the names.
+        skipped: files that are no images, for [`description`], as `.svg 2, .txt 1`.
     """
 
     source: Any
@@ -158,19 +176,32 @@ class ImageSource:
     class_names: list[str]
     image_column: str = "image"
     label_column: str | None = "label"
+    labels: list[int] | None = None
+    skipped: str = ""
 
     def __post_init__(self):
-        self._label_of_name = {name: label for label, name in enumerate(self.class_names)}
+        self._class_of_name = {name: number for number, name in enumerate(self.class_names)}
+        self._class_of_number = {label: number for number, label in enumerate(self.labels or ())}
+
+    @property
+    def description(self) -> str:
+        """One line, for the start of a run: `801 images, 2 classes: ant, bee; files skipped: .svg 2, .txt 1`."""
+        names = ", ".join(self.class_names[:MAX_NAMES]) + (", …" if len(self.class_names) > MAX_NAMES else "")
+        number = f"{len(self.source):,} images" if isinstance(self, ImageDataset) else "images as they arrive"
+        classes = f"{len(self.class_names):,} classes: {names}" if len(self.class_names) > 1 else "one class"
+        return f"{number}, {classes}" + (f"; files skipped: {self.skipped}" if self.skipped else "")
 
     def prepare(self, index: int, item: dict) -> dict:
         """`{"pixel_values": transform(image), "label": int}` of item `index` of the source.
 
         Raises:
-            BrokenImageError: the picture cannot be decoded.
+            BrokenImageError: the image cannot be decoded.
             ValueError: it has no label, or none of the classes.
         """
         label = item[self.label_column] if self.label_column else 0
-        number = self._label_of_name.get(label) if isinstance(label, str) else label
+        number = self._class_of_name.get(label) if isinstance(label, str) else label
+        if self.labels is not None and self.label_column:
+            number = self._class_of_number.get(label)
         if number is None or not 0 <= number < len(self.class_names):
             raise ValueError(
                 f"picture {index} has the label {label!r} in {self.label_column!r}, which is none of the"
@@ -182,13 +213,13 @@ class ImageSource:
                 value = {**value, "bytes": file.read()}
         try:
             if value is None:
-                raise ValueError("there is no picture")
-            image = value if isinstance(value, Image.Image) else datasets.Image().decode_example(value)
-            image = ImageOps.exif_transpose(image)
+                raise ValueError("there is no image")
+            image = value if isinstance(value, Image.Image) else open_image(value)
+            pixels = self.transform(ImageOps.exif_transpose(image))  # photographs are turned as the camera was held
         except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to
             name = value.get("path") if isinstance(value, dict) else None
             raise BrokenImageError(index, name, f"{type(error).__name__}: {error}") from error
-        return {"pixel_values": self.transform(image), "label": int(number)}
+        return {"pixel_values": pixels, "label": int(number)}
 
 
 class ImageDataset(ImageSource, torch.utils.data.Dataset):
@@ -267,106 +298,6 @@ def check_broken_share(num_broken: int, num_images: int, max_broken_share: float
             f"{num_broken} of {num_images} pictures are broken, more than --max_broken_share {max_broken_share}"
             f" allows; for example, {example}"
         )
-
-
-def load_image_dataset(
-    name: str,
-    transform: ImageTransform | WithMirrorImage | TenCrop,
-    split: str = "train",
-    config_name: str | None = None,
-    image_column: str = "image",
-    label_column: str | None = "label",
-    num_images: int | None = None,
-    seed: int = 0,
-    streaming: bool = False,
-) -> ImageDataset | ImageStream:
-    """Opens a source of labelled pictures.
-
-    Args:
-        name: `words` (rendered while training, [`WordImages`] at the transform's resolution), a data set on the Hub, a
-            folder of pictures (one subfolder a class) or of parquet files, one parquet file (or a pattern such as
-            `data/*.parquet`), or a folder written by `save_to_disk`.
-        transform: what makes tensors of its pictures.
-        split, config_name: as in `datasets.load_dataset`.
-        image_column, label_column: its columns; labels may be integers or strings. `None`, or a source without the
-            column "label": there is one class.
-        num_images: how many `words` to render (default 100,000); of another source, how many to draw.
-        seed: of the words, or of the draw.
-        streaming: read the source as it arrives instead of downloading it whole. Its labels must be a ClassLabel:
-            nothing else says beforehand which classes there are.
-
-    Raises:
-        ValueError: no such split, no pictures in it or fewer than `num_images`; no such column, or none of pictures or
-            of labels; a picture without a label (-1 or None); a stream where there can be none.
-    """
-    columns = {"image_column": image_column, "label_column": label_column}
-    saved = next((path for path in (Path(name), Path(name, split)) if (path / "dataset_info.json").exists()), None)
-    if streaming and num_images is not None:
-        raise ValueError(f"`num_images` cannot be drawn from a stream, got {num_images}.")
-    if streaming and (name == "words" or saved):
-        raise ValueError(f"{name} is on this machine: it needs no `streaming`.")
-    if name == "words":
-        words = WordImages(num_images or 100_000, seed, *transform.resolution)
-        return ImageDataset(words, transform, list(words.class_names))
-    if saved:
-        source = datasets.load_from_disk(str(saved))
-    elif name.endswith(".parquet"):
-        source = datasets.load_dataset("parquet", data_files=name, split=split, streaming=streaming)
-    else:
-        source = datasets.load_dataset(name, config_name, split=split, streaming=streaming)
-    if not streaming and not len(source):
-        raise ValueError(f"{name} has no pictures in {split!r}.")
-    features = source.features
-    if features is None:
-        raise ValueError(f"{name} does not say which columns it has before it is read: it cannot be streamed.")
-    if image_column not in features:
-        raise ValueError(f"{name} has no column {image_column!r}; it has {list(features)}.")
-    if not _may_hold_pictures(features[image_column]):
-        raise ValueError(f"column {image_column!r} of {name} holds no pictures but {features[image_column]}.")
-    if label_column is None or (label_column == "label" and "label" not in features):
-        columns["label_column"], class_names = None, ["image"]
-    elif label_column not in features:
-        raise ValueError(f"{name} has no column {label_column!r} of labels; it has {list(features)}.")
-    else:
-        class_names = _class_names(name, source, label_column, streaming)
-    source = source.select_columns([column for column in columns.values() if column])
-    source = source.cast_column(image_column, datasets.Image(decode=False))
-    if streaming:
-        return ImageStream(source, transform, class_names, **columns)
-    if num_images is not None:
-        if num_images > len(source):
-            raise ValueError(f"{name} has {len(source)} pictures in {split!r}, fewer than the {num_images} asked for.")
-        source = source.shuffle(seed=seed).select(range(num_images))
-    return ImageDataset(source, transform, class_names, **columns)
-
-
-def _may_hold_pictures(feature: Any) -> bool:
-    """Pictures, their bytes, or the paths of their files."""
-    if isinstance(feature, dict):
-        return {"bytes", "path"} & set(feature) != set()
-    return isinstance(feature, datasets.Image) or str(getattr(feature, "dtype", "")).endswith(("string", "binary"))
-
-
-def _class_names(
-    name: str, source: datasets.Dataset | datasets.IterableDataset, column: str, streaming: bool
-) -> list[str]:
-    feature = source.features[column]
-    dtype = str(getattr(feature, "dtype", feature))
-    named = isinstance(feature, datasets.ClassLabel)
-    if not named and not dtype.endswith("string") and not dtype.startswith(("int", "uint")):
-        raise ValueError(f"column {column!r} of {name} holds {dtype}; labels are integers or strings.")
-    if streaming:
-        if not named:
-            raise ValueError(f"column {column!r} of {name} does not name its classes (a ClassLabel): do not stream it.")
-        return feature.names
-    labels = source.unique(column)
-    if any(label is None or (not isinstance(label, str) and label < 0) for label in labels):
-        raise ValueError(
-            f"{name} has pictures without a label, -1 or None in {column!r}: choose another split or column."
-        )
-    if named:
-        return feature.names
-    return sorted(labels) if dtype.endswith("string") else [str(label) for label in range(max(labels) + 1)]
 
 
 def collate_images(items: list[dict]) -> dict[str, Tensor]:

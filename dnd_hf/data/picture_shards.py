@@ -219,6 +219,8 @@ class PictureShards:
             raise ValueError(f"there is nothing to make a picture of; left out: {dict(total.left_out)}{total.broken}.")
         total.broken.sort(key=lambda source: source["name"])
         total.left_out = Counter(dict(sorted(total.left_out.items())))
+        for leftover in (self.unfinished / "train").glob(".*.unfinished"):  # of processes that were killed
+            remove(leftover)
         write_json(self.path / "report.json", vars(total))
         if self.output_format == "imagefolder":
             # One file, because `datasets` reads several in any order.

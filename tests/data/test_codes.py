@@ -79,11 +79,13 @@ def test_a_shard_that_could_not_be_written_whole_has_no_name(tmp_path, monkeypat
     monkeypatch.setattr(pa.ipc, "new_stream", disk_full)
     with pytest.raises(OSError, match="no space"):
         write(writer, (0, 0), slice(0, 12), list(range(12)))
-    assert writer.shards() == {} and not list(tmp_path.glob("*.arrow")) and list(tmp_path.glob("*.unfinished"))
+    assert writer.shards() == {} and [path.name for path in tmp_path.iterdir()] == ["extraction.json"]
     monkeypatch.undo()
+    killed = tmp_path / ".data-00000-00000.arrow.0123.unfinished"  # what is left where there was no time to clean up
+    killed.write_bytes(b"half a shard")
     write(writer, (0, 0), slice(0, 12), list(range(12)))
     writer.finish()
-    assert len(CodesDataset(tmp_path)) == 12 and not list(tmp_path.glob("*unfinished"))
+    assert len(CodesDataset(tmp_path)) == 12 and not list(tmp_path.glob("*unfinished")) and not killed.exists()
 
 
 def test_an_extraction_goes_on_with_the_same_settings_alone(tmp_path):

@@ -1,11 +1,10 @@
 """dnd_hf.data.images: pictures to tensors and back, and the sources they come from."""
 
-import datasets
 import fsspec
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
 from dnd_hf.data.images import (
@@ -17,11 +16,10 @@ from dnd_hf.data.images import (
     WithMirrorImage,
     as_size,
     check_stride,
-    collate_images,
-    load_image_dataset,
     to_images,
     to_pixels,
 )
+from dnd_hf.data.sources import load_image_dataset
 from dnd_hf.training.data_order import TrainingStream
 
 
@@ -117,93 +115,6 @@ def test_sizes_the_stride_does_not_divide_are_refused():
     check_stride((32, 48), (8, 16))
     with pytest.raises(ValueError, match="33 x 48"):
         check_stride((33, 48), (8, 16))
-
-
-def test_words_are_rendered_at_the_resolution_with_their_names():
-    dataset = load_image_dataset("words", ImageTransform((32, 96)), num_images=12)
-    batch = collate_images([dataset[i] for i in range(4)])
-    assert len(dataset) == 12 and len(dataset.class_names) == 100
-    assert batch["pixel_values"].shape == (4, 3, 32, 96) and batch["labels"].tolist() == [0, 1, 2, 3]
-
-
-def test_a_folder_of_class_folders_has_their_names(tmp_path, picture):
-    for name in ("cat", "dog"):
-        (tmp_path / name).mkdir()
-        for i in range(2):
-            ImageOps.expand(picture, i).save(tmp_path / name / f"{i}.png")
-    dataset = load_image_dataset(str(tmp_path), ImageTransform((40, 60)))
-    assert dataset.class_names == ["cat", "dog"] and len(dataset) == 4
-    assert torch.equal(dataset[0]["pixel_values"], to_pixels(picture))
-    with pytest.raises(ValueError, match="fewer than the 5"):
-        load_image_dataset(str(tmp_path), ImageTransform(8), num_images=5)
-
-
-@pytest.mark.parametrize(
-    ("labels", "names"), [(["b", "a", "b"], ["a", "b"]), ([2, 0, 2], ["0", "1", "2"]), (None, ["image"])]
-)
-def test_labels_may_be_strings_or_integers_or_missing(tmp_path, picture, labels, names):
-    columns = {"image": [picture] * 3} | ({"label": labels} if labels else {})
-    datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "saved")
-    dataset = load_image_dataset(str(tmp_path / "saved"), ImageTransform(8))
-    assert dataset.class_names == names
-    assert [names[dataset[i]["label"]] for i in range(3)] == [str(label) for label in labels or ["image"] * 3]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"image_column": "image"}, r"no column 'image'.*photo"),
-        ({"image_column": "number"}, "'number' of .* holds no pictures"),
-        ({"label_column": "lable"}, r"no column 'lable' of labels.*half"),
-        ({"label_column": "share"}, "'share' of .* holds float64; labels are integers or strings"),
-        ({"label_column": "number"}, "without a label, -1 or None in 'number'"),
-        ({"label_column": "half"}, "without a label, -1 or None in 'half'"),
-        ({"streaming": True}, "is on this machine"),
-        ({"streaming": True, "num_images": 1}, "`num_images` cannot be drawn from a stream, got 1"),
-    ],
-)
-def test_columns_that_do_not_fit_are_named(tmp_path, picture, options, message):
-    columns = {"photo": [picture] * 2, "number": [-1, 0], "half": [None, "cat"], "share": [0.5, 1.0]}
-    datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "saved")
-    with pytest.raises(ValueError, match=message):
-        load_image_dataset(str(tmp_path / "saved"), ImageTransform(8), **{"image_column": "photo", **options})
-
-
-def test_labels_can_be_left_aside_and_a_split_of_a_saved_dict_read(tmp_path, picture):
-    saved = datasets.Dataset.from_dict({"photo": [picture] * 2, "label": [-1, 0]})
-    datasets.DatasetDict({"train": saved, "test": saved.select([0])}).save_to_disk(tmp_path)
-    options = {"image_column": "photo", "label_column": None}
-    dataset = load_image_dataset(str(tmp_path), ImageTransform(8), split="test", **options)
-    assert len(dataset) == 1 and dataset[0]["label"] == 0 and dataset.class_names == ["image"]
-
-
-@pytest.fixture
-def parquet(tmp_path) -> str:
-    """Two files of five grey pictures and three classes, as a pattern."""
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee", "cat"])})
-    for file in range(2):
-        numbers = range(5 * file, 5 * file + 5)
-        columns = {"image": [Image.new("L", (9, 8), 20 * i) for i in numbers], "label": [i % 3 for i in numbers]}
-        datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / f"{file}.parquet")
-    return str(tmp_path / "*.parquet")
-
-
-def test_a_stream_gives_each_file_the_pictures_that_indices_give(parquet):
-    dataset = load_image_dataset(parquet, ImageTransform(8))
-    stream = load_image_dataset(parquet, ImageTransform(8), streaming=True)
-    assert stream.class_names == dataset.class_names == ["ant", "bee", "cat"] and stream.num_parts(1) == 2
-    found = [(part, *picture) for part in range(2) for picture in stream.read(part, 1)]
-    assert [(part, index - part * 2**32) for part, index, _ in found] == [(i // 5, i % 5) for i in range(10)]
-    for (_, index, item), expected in zip(found, dataset, strict=True):
-        read = stream.prepare(index, item)
-        assert read["label"] == expected["label"] and torch.equal(read["pixel_values"], expected["pixel_values"])
-    assert [index for index, _ in stream.read(1, 1, first=3)] == [2**32 + 3, 2**32 + 4]
-
-
-def test_a_stream_of_classes_without_names_is_refused(tmp_path, picture):
-    datasets.Dataset.from_dict({"image": [picture], "label": [0]}).to_parquet(tmp_path / "0.parquet")
-    with pytest.raises(ValueError, match="does not name its classes"):
-        load_image_dataset(str(tmp_path / "0.parquet"), ImageTransform(8), streaming=True)
 
 
 def grey(number: int) -> Image.Image:

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from dnd_hf import RQVAE, DnDPipeline
 from dnd_hf.data.codes import CodesDataset
-from dnd_hf.data.images import ImageTransform, load_image_dataset
+from dnd_hf.data.images import ImageTransform
+from dnd_hf.data.sources import load_image_dataset
 from dnd_hf.training.metrics import read_metrics
 
 

@@ -15,7 +15,8 @@ from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
 
 from dnd_hf.arguments import parse_arguments
-from dnd_hf.data.images import ImageTransform, load_image_dataset
+from dnd_hf.data.images import ImageTransform
+from dnd_hf.data.sources import load_image_dataset
 
 
 REPOSITORY = Path(__file__).parents[2]

@@ -1,0 +1,160 @@
+"""Opens sources of labelled images: the rendered `words`, the Hub, local folders and files."""
+
+import logging
+from pathlib import Path
+
+import datasets
+
+from .folders import METADATA_FILES, count_kinds, is_image, list_files, read_image_folder
+from .images import ImageDataset, ImageStream, ImageTransform, TenCrop, WithMirrorImage
+from .words import WordImages
+
+
+logger = logging.getLogger(__name__)
+
+ROW_FILES = (".parquet", ".arrow", ".csv", ".json", ".jsonl", ".tar", ".zip")
+"""What `datasets` makes rows of, where a folder holds no image files."""
+
+MANY_CLASSES = 1000
+"""More different numbers than this, and than half of the images, are no classes but numbers of something else."""
+
+
+def load_image_dataset(
+    name: str,
+    transform: ImageTransform | WithMirrorImage | TenCrop,
+    split: str = "train",
+    config_name: str | None = None,
+    image_column: str = "image",
+    label_column: str | None = "label",
+    num_images: int | None = None,
+    seed: int = 0,
+    streaming: bool = False,
+) -> ImageDataset | ImageStream:
+    """Opens a source of labelled images.
+
+    Args:
+        name: `words` (rendered while training, [`WordImages`] at the transform's resolution), a data set on the Hub, a
+            folder of images ([`read_image_folder`]: the class is the top-level subfolder) or of parquet files, one
+            parquet file (or a pattern such as `data/*.parquet`), or a folder written by `save_to_disk`.
+        transform: what makes tensors of its images.
+        split, config_name: as in `datasets.load_dataset`.
+        image_column, label_column: its columns. Labels are integers or strings; where they are no ClassLabel, each
+            distinct value is a class, in ascending order. `None`, or a source without the column "label": one class.
+        num_images: how many `words` to render (default 100,000); of another source, how many to draw.
+        seed: of the words, or of the draw.
+        streaming: read the source as it arrives instead of downloading it whole. Its labels must be a ClassLabel:
+            nothing else says beforehand which classes there are.
+
+    Raises:
+        ValueError: no such split, no images in it or fewer than `num_images`; no such column, or none of images or of
+            labels; an image without a label (-1 or None); numbers that are no classes; a stream where there can be
+            none.
+    """
+    if streaming and num_images is not None:
+        raise ValueError(f"`num_images` cannot be drawn from a stream, got {num_images}.")
+    if name == "words" and not streaming:
+        words = WordImages(num_images or 100_000, seed, *transform.resolution)
+        return ImageDataset(words, transform, list(words.class_names))
+    source, skipped = _open(name, split, config_name, label_column is not None, streaming)
+    if not streaming and not len(source):
+        raise ValueError(f"{name} has no images in {split!r}.")
+    _check_image_column(name, source, image_column)
+    features = source.features
+    if label_column is None or (label_column == "label" and "label" not in features):
+        label_column, class_names, labels = None, ["image"], None
+    elif label_column not in features:
+        raise ValueError(f"{name} has no column {label_column!r} of labels; it has {list(features)}.")
+    else:
+        class_names, labels = _classes(name, source, label_column, streaming)
+    source = source.select_columns([column for column in (image_column, label_column) if column])
+    source = source.cast_column(image_column, datasets.Image(decode=False))
+    described = dict(
+        class_names=class_names,
+        image_column=image_column,
+        label_column=label_column,
+        labels=labels,
+        skipped=count_kinds(skipped),
+    )
+    if streaming:
+        return ImageStream(source, transform, **described)
+    if num_images is not None:
+        if num_images > len(source):
+            raise ValueError(f"{name} has {len(source)} images in {split!r}, fewer than the {num_images} asked for.")
+        source = source.shuffle(seed=seed).select(range(num_images))
+    return ImageDataset(source, transform, **described)
+
+
+def _open(
+    name: str, split: str, config_name: str | None, with_classes: bool, streaming: bool
+) -> tuple[datasets.Dataset | datasets.IterableDataset, list[str]]:
+    """The rows of a source, and the files of a folder that are no part of it."""
+    saved = next((path for path in (Path(name), Path(name, split)) if (path / "dataset_info.json").exists()), None)
+    is_folder = not saved and config_name is None and Path(name).is_dir() and _holds_images(name)
+    if streaming and (name == "words" or saved or is_folder):
+        raise ValueError(f"{name} is on this machine: it needs no `streaming`.")
+    if saved:
+        return datasets.load_from_disk(str(saved)), []
+    if is_folder:
+        return read_image_folder(name, split, with_classes)
+    if name.endswith(".parquet"):
+        return datasets.load_dataset("parquet", data_files=name, split=split, streaming=streaming), []
+    return datasets.load_dataset(name, config_name, split=split, streaming=streaming), []
+
+
+def _holds_images(folder: str) -> bool:
+    """Whether a folder holds image files, not files of rows; ValueError where it holds both."""
+    files = list_files(folder)
+    rows = [file for file in files if Path(file).suffix.lower() in ROW_FILES and Path(file).name not in METADATA_FILES]
+    images = sum(map(is_image, files))
+    parquet = [file for file in rows if file.lower().endswith(".parquet")]
+    if images and parquet:
+        raise ValueError(
+            f"{folder} holds {images} image files and {len(parquet)} parquet files. Name the parquet files by a"
+            f" pattern ({folder}/{Path(parquet[0]).parent / '*.parquet'}), or the folder that the images lie in."
+        )
+    return images > 0 or not rows
+
+
+def _check_image_column(name: str, source: datasets.Dataset | datasets.IterableDataset, column: str) -> None:
+    if source.features is None:
+        raise ValueError(f"{name} does not say which columns it has before it is read: it cannot be streamed.")
+    if column not in source.features:
+        raise ValueError(f"{name} has no column {column!r}; it has {list(source.features)}.")
+    feature = source.features[column]
+    is_file = isinstance(feature, dict) and {"bytes", "path"} & set(feature)
+    is_text = str(getattr(feature, "dtype", "")).endswith(("string", "binary"))  # paths, or bytes of files
+    if not (is_file or is_text or isinstance(feature, datasets.Image)):
+        raise ValueError(f"column {column!r} of {name} holds no images but {feature}.")
+
+
+def _classes(
+    name: str, source: datasets.Dataset | datasets.IterableDataset, column: str, streaming: bool
+) -> tuple[list[str], list[int] | None]:
+    """Names of the classes and, where numbers without names stand for them, these numbers in the same order."""
+    feature = source.features[column]
+    dtype = str(getattr(feature, "dtype", feature))
+    named, is_text = isinstance(feature, datasets.ClassLabel), dtype.endswith("string")
+    if not named and not is_text and not dtype.startswith(("int", "uint")):
+        raise ValueError(f"column {column!r} of {name} holds {dtype}; labels are integers or strings.")
+    if streaming:
+        if not named:
+            raise ValueError(f"column {column!r} of {name} does not name its classes (a ClassLabel): do not stream it.")
+        return feature.names, None
+    labels = source.unique(column)
+    if any(label is None or (not is_text and label < 0) for label in labels):
+        raise ValueError(
+            f"{name} has images without a label, -1 or None in {column!r}: choose another split or column."
+        )
+    if named:
+        return feature.names, None
+    labels.sort()
+    if is_text:
+        return labels, None
+    if len(labels) > max(MANY_CLASSES, len(source) / 2):
+        raise ValueError(
+            f"column {column!r} of {name} holds {len(labels)} different numbers for {len(source)} images: these are no"
+            " classes. Choose another column, or none for one class."
+        )
+    if labels[-1] >= len(labels):
+        logger.warning("%r of %s has gaps: its %d different numbers are the classes.", column, name, len(labels))
+    return [str(label) for label in labels], labels
