@@ -181,8 +181,9 @@ def test_two_processes_that_were_killed_leave_the_same_files_as_one_that_was_not
 
     written[0].unlink()  # as if the kill had come after the pictures of a shard and before its note
     train = notes.parent / "train"
-    kept = {path.name: path.stat().st_ino for path in train.iterdir() if path.stem != written[0].stem}
-    assert len(kept) >= 2
+    whole = [path for path in train.iterdir() if not path.name.startswith(".")]
+    kept = {path.name: path.stat().st_ino for path in whole if path.stem != written[0].stem}
+    assert len(kept) >= 2 and list(train.glob(".000003*.unfinished"))
     make(script, name, f"--output_format {output_format}")
     assert contents(folder / name) == expected
     assert kept == {file: (folder / name / "train" / file).stat().st_ino for file in kept}
