@@ -1,7 +1,7 @@
-"""Command-line arguments that the scripts share, and how they are read."""
+"""Command-line options that the scripts share, and how a script reads them."""
 
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -10,21 +10,12 @@ from accelerate import PartialState
 from accelerate.tracking import get_available_trackers
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from torch.utils.data import Dataset, Subset
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from .data.images import (
-    ImageDataset,
-    ImageStream,
-    ImageTransform,
-    ReplaceBrokenImages,
-    TenCrop,
-    WithMirrorImage,
-)
+from .data.images import ImageDataset, ImageStream, ImageTransform, TenCrop, WithMirrorImage
 from .data.rgb import parse_background
 from .data.sources import load_image_dataset
-from .training.data_order import hold_out
 
 
 Arguments = TypeVar("Arguments")
@@ -135,7 +126,7 @@ class ImageArguments:
 
 
 @dataclass
-class TrainingArguments(ImageArguments):
+class RunArguments(ImageArguments):
     """How a training run goes; the defaults that differ between scripts are set there."""
 
     output_dir: str = HfArg(default="output", help="Folder of the result, checkpoints, metrics and samples.")
@@ -205,19 +196,6 @@ class TrainingArguments(ImageArguments):
     def hub_name(self) -> str:
         """What the repository of the result is called, with or without its owner."""
         return self.hub_model_id or Path(self.output_dir).resolve().name
-
-    def load_training_images(self, size: tuple[int, int]) -> tuple[ImageDataset, Dataset, Dataset]:
-        """The data set, the part to train on, augmented as asked for, and the part held out, cropped at the center.
-
-        Broken pictures of the parts are replaced ([`ReplaceBrokenImages`]). See [`load_image_dataset`] for the errors.
-        """
-        crop = "random" if self.random_crop else "center"
-        dataset = self.load_images(ImageTransform(size, crop, self.random_flip, self.crop_range, self.background))
-        train_set, held_out = hold_out(dataset, self.num_validation_images, self.seed)
-        center = ImageTransform(size, crop_range=self.crop_range, background=self.background)
-        centered = replace(dataset, transform=center)
-        parts = (train_set, Subset(centered, held_out.indices))
-        return dataset, *(ReplaceBrokenImages(part, self.max_broken_share, len(dataset)) for part in parts)
 
 
 def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = None) -> Arguments:

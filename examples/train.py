@@ -13,15 +13,18 @@ from typing import Literal
 
 import torch
 from accelerate.utils import set_seed
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from transformers.hf_argparser import HfArg
 
 from dnd_hf import RQVAE, DnDConfig, DnDForImageGeneration, DnDPipeline
-from dnd_hf.arguments import TrainingArguments, parse_arguments
+from dnd_hf.arguments import RunArguments, parse_arguments
 from dnd_hf.data.codes import CodesDataset, collate_codes
 from dnd_hf.data.images import as_size, check_stride, collate_images
 from dnd_hf.training.data_order import hold_out
+from dnd_hf.training.environment import RunEnvironment
+from dnd_hf.training.images import load_training_images
 from dnd_hf.training.optimization import weight_decay_groups
 from dnd_hf.training.run import TrainingRun
 from dnd_hf.training.throughput import transformer_training_flops
@@ -46,7 +49,7 @@ SHAPE_OPTIONS = (
 
 
 @dataclass
-class DnDArguments(TrainingArguments):
+class DnDArguments(RunArguments):
     """Options of this script; all can also stand in a YAML file given as `--config`."""
 
     codes_dir: str | None = HfArg(default=None, help="Folder of extract_codes.py; otherwise give --dataset_name.")
@@ -119,86 +122,101 @@ class DnDArguments(TrainingArguments):
         return DnDForImageGeneration(config)
 
 
-def main(args: DnDArguments) -> None:
-    run = TrainingRun(args)
-    accelerator = run.accelerator
-    set_seed(args.seed)
-    dataset = CodesDataset(args.codes_dir) if args.codes_dir else None
-    vae = RQVAE.from_pretrained(args.vqvae or args.codes_dir, subfolder=None if args.vqvae else "vqvae")
-    vae.to(accelerator.device).eval().requires_grad_(False)
-    if dataset is not None:
-        collate = collate_codes
-        grid_size, crops = dataset.shape[:2], dataset.crops_per_image
-        train_set, validation_set = hold_out(dataset, args.num_validation_images, args.seed, group_size=crops)
-    else:
-        size = as_size(vae.config.sample_size)
-        check_stride(size, vae.code_stride)
-        dataset, train_set, validation_set = args.load_training_images(size)
-        collate = collate_images
-        grid_size = (size[0] // vae.code_stride[0], size[1] // vae.code_stride[1])
+class DnDTraining(TrainingRun):
+    """Cross-entropy of codes that are stored, or that the tokenizer makes of images while training."""
 
-    transformer = args.make_transformer(vae, grid_size, dataset.class_names)
-    transformer.generation_config.temperature = args.temperature
-    transformer.generation_config.guidance_scale = args.guidance_scale if transformer.config.has_null_class else 1.0
-    if args.gradient_checkpointing:
-        transformer.gradient_checkpointing_enable()
-    transformer.set_attn_implementation(args.attn_implementation)
-    if args.torch_compile:
-        transformer.compile()
-    transformer.train()
-    learning_rate = args.learning_rate or 1e-4 * run.samples_per_step / 256
-    groups = weight_decay_groups(transformer, args.weight_decay)
-    model, optimizer = run.prepare(
-        transformer,
-        torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.95), fused=True),
-        tokens_per_sample=transformer.config.sequence_length,
-        flops_per_sample=transformer_training_flops(transformer.config),
-    )
-    run.resume()
+    result_name = "pipeline"
 
-    def make_pipeline(transformer: DnDForImageGeneration) -> DnDPipeline:
-        pipe = DnDPipeline(transformer=transformer, vqvae=vae)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+    def __init__(self, args: DnDArguments):
+        environment = RunEnvironment(args)
+        set_seed(args.seed)
+        codes = CodesDataset(args.codes_dir) if args.codes_dir else None
+        vae = RQVAE.from_pretrained(args.vqvae or args.codes_dir, subfolder=None if args.vqvae else "vqvae")
+        self.vae = vae.to(environment.accelerator.device).eval().requires_grad_(False)
+        if codes is not None:
+            dataset, grid_size = codes, codes.shape[:2]
+            train_set, self.validation_set = hold_out(
+                codes, args.num_validation_images, args.seed, group_size=codes.crops_per_image
+            )
+        else:
+            size = as_size(vae.config.sample_size)
+            check_stride(size, vae.code_stride)
+            grid_size = (size[0] // vae.code_stride[0], size[1] // vae.code_stride[1])
+            dataset, train_set, self.validation_set = load_training_images(args, size)
+        self.class_names = dataset.class_names
 
-    def export(transformer: DnDForImageGeneration, folder: Path) -> None:
-        make_pipeline(transformer).save_pretrained(folder)
+        transformer = args.make_transformer(vae, grid_size, self.class_names)
+        transformer.generation_config.temperature = args.temperature
+        transformer.generation_config.guidance_scale = args.guidance_scale if transformer.config.has_null_class else 1.0
+        if args.gradient_checkpointing:
+            transformer.gradient_checkpointing_enable()
+        transformer.set_attn_implementation(args.attn_implementation)
+        if args.torch_compile:
+            transformer.compile()
+        learning_rate = args.learning_rate or 1e-4 * environment.samples_per_step / 256
+        groups = weight_decay_groups(transformer, args.weight_decay)
+        super().__init__(
+            environment,
+            transformer.train(),
+            torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.95), fused=True),
+            train_set,
+            collate_codes if args.codes_dir else collate_images,
+            tokens_per_sample=transformer.config.sequence_length,
+            flops_per_sample=transformer_training_flops(transformer.config),
+        )
 
-    def codes_of(batch: dict[str, Tensor]) -> Tensor:
+    def codes_of(self, batch: dict[str, Tensor]) -> Tensor:
+        """`(batch, height, width, depth)`: those of the batch, or of its images."""
         if "codes" in batch:
             return batch["codes"]
         with torch.no_grad():
-            return vae.encode(batch["pixel_values"]).codes
+            return self.vae.encode(batch["pixel_values"]).codes
 
-    def train_step(batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        with accelerator.accumulate(model):
-            codes = codes_of(batch)
-            output = model(class_labels=batch["labels"], codes=codes, labels=codes, output_logits=False)
-            accelerator.backward(output.loss)
-            metrics = run.clip_gradients()
-            optimizer.step()
-            optimizer.zero_grad()
+    def train_step(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        with self.accelerator.accumulate(self.wrapped_model):
+            codes = self.codes_of(batch)
+            output = self.wrapped_model(class_labels=batch["labels"], codes=codes, labels=codes, output_logits=False)
+            self.accelerator.backward(output.loss)
+            metrics = self.clip_gradients()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         depth_losses = {f"loss_depth_{k}": loss for k, loss in enumerate(output.depth_losses, start=1)}
         return {"loss": output.loss, **depth_losses, **metrics}
 
-    def validate(transformer: DnDForImageGeneration, step: int) -> dict[str, float]:
-        mine = Subset(validation_set, range(accelerator.process_index, len(validation_set), accelerator.num_processes))
-        total = torch.zeros(transformer.config.code_depth, device=accelerator.device)
-        for batch in DataLoader(mine, args.train_batch_size, collate_fn=collate):
+    def validate(self, model: DnDForImageGeneration, step: int) -> dict[str, float]:
+        accelerator, num_samples = self.accelerator, len(self.validation_set)
+        mine = Subset(self.validation_set, range(accelerator.process_index, num_samples, accelerator.num_processes))
+        total = torch.zeros(model.config.code_depth, device=accelerator.device)
+        for batch in DataLoader(mine, self.args.train_batch_size, collate_fn=self.collate):
             batch = {name: value.to(accelerator.device) for name, value in batch.items()}
-            codes = codes_of(batch)
-            losses = transformer(batch["labels"], codes, labels=codes, output_logits=False).depth_losses
-            total += losses * len(codes) / len(validation_set)
+            codes = self.codes_of(batch)
+            losses = model(batch["labels"], codes, labels=codes, output_logits=False).depth_losses
+            total += losses * len(codes) / num_samples
         losses = accelerator.reduce(total).tolist()
         if accelerator.is_main_process:
-            labels = [i % len(dataset.class_names) for i in range(args.num_samples)]
-            generators = [torch.Generator(accelerator.device).manual_seed(i) for i in range(args.num_samples)]
-            with accelerator.autocast():
-                images = make_pipeline(transformer)(labels, generator=generators).images
-            run.show(images, round(args.num_samples**0.5), step)
+            self.show(self.sample(model), round(self.args.num_samples**0.5), step)
         return {"loss": sum(losses) / len(losses)} | {f"loss_depth_{k}": v for k, v in enumerate(losses, start=1)}
 
-    run.loop(train_set, collate, train_step, validate, export, "pipeline")
+    def sample(self, model: DnDForImageGeneration) -> list[Image.Image]:
+        """The images of the sample grid: the classes in turn, always with the same seeds."""
+        count, device = self.args.num_samples, self.accelerator.device
+        labels = [i % len(self.class_names) for i in range(count)]
+        generators = [torch.Generator(device).manual_seed(i) for i in range(count)]
+        with self.accelerator.autocast():
+            return self.make_pipeline(model)(labels, generator=generators).images
+
+    def make_pipeline(self, model: DnDForImageGeneration) -> DnDPipeline:
+        """The model with its tokenizer."""
+        pipe = DnDPipeline(transformer=model, vqvae=self.vae)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def export(self, model: DnDForImageGeneration, folder: Path) -> None:
+        self.make_pipeline(model).save_pretrained(folder)
+
+
+def main(args: DnDArguments) -> None:
+    DnDTraining(args).train()
 
 
 if __name__ == "__main__":

@@ -8,29 +8,34 @@ The paper's tokenizer (arXiv 2410.01912): `--sample_size 256 --lpips_weight 1 --
 with `accelerate launch` and 256 pictures a step.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers.hf_argparser import HfArg
 
 from dnd_hf import RQVAE
-from dnd_hf.arguments import TrainingArguments, parse_arguments
+from dnd_hf.arguments import RunArguments, parse_arguments
 from dnd_hf.data.images import as_size, check_stride, collate_images, to_images
 from dnd_hf.evaluation.reconstruction import code_perplexity
+from dnd_hf.models.autoencoder_rqvae import RQVAEOutput
 from dnd_hf.ops.perceptual_loss import PerceptualLoss
 from dnd_hf.training.discriminator import PatchDiscriminator
+from dnd_hf.training.environment import RunEnvironment
+from dnd_hf.training.images import load_training_images
 from dnd_hf.training.losses import adaptive_weight, hinge_discriminator_loss, hinge_generator_loss
 from dnd_hf.training.run import TrainingRun
 from dnd_hf.training.throughput import tokenizer_training_flops
 
 
 @dataclass
-class RQVAEArguments(TrainingArguments):
+class RQVAEArguments(RunArguments):
     """Options of this script; all can also stand in a YAML file given as `--config`."""
 
     pretrained_vqvae: str | None = HfArg(
@@ -145,103 +150,133 @@ def reconstructions(vae: RQVAE, images: Tensor) -> Tensor:
     return torch.stack([images, *partial], dim=1)
 
 
-def main(args: RQVAEArguments) -> None:
-    run = TrainingRun(args)
-    accelerator = run.accelerator
-    set_seed(args.seed)
-    vae = args.make_vae()
-    size = as_size(vae.config.sample_size)
-    check_stride(size, vae.code_stride)
-    discriminator = PatchDiscriminator(args.discriminator_layers) if args.gan_weight else None
-    if discriminator and min(size) < discriminator.min_size:
-        raise ValueError(f"the discriminator needs pictures of at least {discriminator.min_size} pixels each way.")
-    perceptual_loss = PerceptualLoss().to(accelerator.device) if args.lpips_weight else None
-    _, train_set, validation_set = args.load_training_images(size)
-    preview = collate_images([validation_set[i] for i in range(min(8, len(validation_set)))])["pixel_values"]
+class RQVAETraining(TrainingRun):
+    """L2, commitment, and where asked for LPIPS and a GAN loss with a discriminator of its own."""
 
-    if args.gradient_checkpointing:
-        vae.enable_gradient_checkpointing()
-    if args.torch_compile:
-        vae.encoder.compile()
-        vae.decoder.compile()
-    vae.train()
-    if args.freeze_codes:
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
-    parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
-    betas = (args.adam_beta1, args.adam_beta2)
-    model, optimizer = run.prepare(
-        vae,
-        torch.optim.Adam(parameters, args.learning_rate, betas=betas, fused=True),
-        tokens_per_sample=size[0] // vae.code_stride[0] * (size[1] // vae.code_stride[1]),
-        flops_per_sample=tokenizer_training_flops(vae, size),
-    )
-    trained = [model]
-    if discriminator:
-        adversary, adversary_optimizer = accelerator.prepare(
-            discriminator, torch.optim.Adam(discriminator.parameters(), args.learning_rate, betas=betas, fused=True)
-        )
-        trained.append(adversary)
-    run.resume()
+    result_name = "vqvae"
 
-    def train_step(batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        images = batch["pixel_values"]
+    def __init__(self, args: RQVAEArguments):
+        environment = RunEnvironment(args)
+        accelerator = environment.accelerator
+        set_seed(args.seed)
+        vae = args.make_vae()
+        size = as_size(vae.config.sample_size)
+        check_stride(size, vae.code_stride)
+        discriminator = PatchDiscriminator(args.discriminator_layers) if args.gan_weight else None
+        if discriminator and min(size) < discriminator.min_size:
+            raise ValueError(f"the discriminator needs images of at least {discriminator.min_size} pixels each way.")
+        self.perceptual_loss = PerceptualLoss().to(accelerator.device) if args.lpips_weight else None
+        _, train_set, self.validation_set = load_training_images(args, size)
+        first = [self.validation_set[i] for i in range(min(8, len(self.validation_set)))]
+        self.preview = collate_images(first)["pixel_values"]
+
+        if args.gradient_checkpointing:
+            vae.enable_gradient_checkpointing()
+        if args.torch_compile:
+            vae.encoder.compile()
+            vae.decoder.compile()
         if args.freeze_codes:
-            vae.quantizer.eval()
-        with accelerator.accumulate(*trained):
-            output = model(images, quantize=step >= args.quantizer_start_step)
+            vae.encoder.requires_grad_(False)
+            vae.quant_conv.requires_grad_(False)
+        parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+        super().__init__(
+            environment,
+            vae.train(),
+            self.make_optimizer(args, parameters),
+            train_set,
+            collate_images,
+            tokens_per_sample=size[0] // vae.code_stride[0] * (size[1] // vae.code_stride[1]),
+            flops_per_sample=tokenizer_training_flops(vae, size),
+        )
+        self.discriminator = self.wrapped_discriminator = self.discriminator_optimizer = None
+        if discriminator:
+            self.discriminator = discriminator
+            self.wrapped_discriminator, self.discriminator_optimizer = accelerator.prepare(
+                discriminator, self.make_optimizer(args, discriminator.parameters())
+            )
+
+    @staticmethod
+    def make_optimizer(args: RQVAEArguments, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """Adam with the options of the run."""
+        return torch.optim.Adam(parameters, args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), fused=True)
+
+    def train_step(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        args, images = self.args, batch["pixel_values"]
+        if args.freeze_codes:
+            self.model.quantizer.eval()
+        trained = (self.wrapped_model, self.wrapped_discriminator) if self.discriminator else (self.wrapped_model,)
+        with self.accelerator.accumulate(*trained):
+            output = self.wrapped_model(images, quantize=step >= args.quantizer_start_step)
             reconstruction_loss = F.mse_loss(output.sample, images)
-            metrics = {"l2": reconstruction_loss, "commitment": output.commitment_loss}
-            for k, codes in enumerate([] if output.codes is None else output.codes.unbind(-1), start=1):
-                counts = codes.flatten().bincount(minlength=vae.config.num_vq_embeddings)
-                metrics[f"perplexity_depth_{k}"] = code_perplexity(counts)
-            if perceptual_loss:
-                metrics["lpips"] = perceptual_loss(output.sample, images)
+            metrics = {"l2": reconstruction_loss, "commitment": output.commitment_loss} | self.perplexities(output)
+            if self.perceptual_loss:
+                metrics["lpips"] = self.perceptual_loss(output.sample, images)
                 reconstruction_loss = reconstruction_loss + args.lpips_weight * metrics["lpips"]
             loss = reconstruction_loss + args.commitment_weight * output.commitment_loss
-            adversarial = discriminator and step >= args.gan_start_step
+            adversarial = self.discriminator is not None and step >= args.gan_start_step
             if adversarial:
-                # The bare discriminator, so that distributed training does not wait for its gradients here.
-                discriminator.requires_grad_(False)
-                generator_loss = hinge_generator_loss(discriminator(output.sample))
-                discriminator.requires_grad_(True)
-                weight = adaptive_weight(
-                    reconstruction_loss,
-                    generator_loss,
-                    vae.decoder.conv_out.weight,
-                    reduce=lambda gradient: accelerator.reduce(gradient, "mean"),
-                )
+                generator_loss, weight = self.generator_loss(output.sample, reconstruction_loss)
                 loss = loss + args.gan_weight * weight * generator_loss
                 metrics |= {"generator": generator_loss, "adaptive_weight": weight}
-            accelerator.backward(loss)
-            metrics |= run.clip_gradients()
-            optimizer.step()
-            optimizer.zero_grad()
+            self.accelerator.backward(loss)
+            metrics |= self.clip_gradients()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
             if adversarial:
-                # One pass over both halves: distributed training allows one forward pass a backward pass.
-                logits = adversary(torch.cat([images, output.sample.detach()]))
-                metrics["discriminator"] = hinge_discriminator_loss(*logits.chunk(2))
-                accelerator.backward(metrics["discriminator"])
-                adversary_optimizer.step()
-                adversary_optimizer.zero_grad()
+                metrics["discriminator"] = self.train_discriminator(images, output.sample.detach())
         return {"loss": loss, **metrics}
 
-    def validate_and_show(vae: RQVAE, step: int) -> dict[str, float]:
-        if accelerator.is_main_process:
-            columns = reconstructions(vae, preview.to(accelerator.device))
-            run.show(to_images(columns.flatten(0, 1)), columns.shape[1], step)
-        return validate(accelerator, vae, validation_set, args.train_batch_size)
+    def perplexities(self, output: RQVAEOutput) -> dict[str, Tensor]:
+        """The perplexity of each depth's codes in a batch; none before the quantizer has started."""
+        codes = () if output.codes is None else output.codes.unbind(-1)
+        counts = [one.flatten().bincount(minlength=self.model.config.num_vq_embeddings) for one in codes]
+        return {f"perplexity_depth_{k}": code_perplexity(count) for k, count in enumerate(counts, start=1)}
 
-    def check_codes(metrics: dict[str, float], step: int) -> None:
-        started = step > args.quantizer_start_step + args.lr_warmup_steps
-        if started and metrics["perplexity_depth_1"] < args.min_perplexity:
+    def generator_loss(self, samples: Tensor, reconstruction_loss: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of the samples against the discriminator, and its weight beside the reconstruction loss."""
+        # The bare discriminator, so that distributed training does not wait for its gradients here.
+        self.discriminator.requires_grad_(False)
+        generator_loss = hinge_generator_loss(self.discriminator(samples))
+        self.discriminator.requires_grad_(True)
+        weight = adaptive_weight(
+            reconstruction_loss,
+            generator_loss,
+            self.model.decoder.conv_out.weight,
+            reduce=lambda gradient: self.accelerator.reduce(gradient, "mean"),
+        )
+        return generator_loss, weight
+
+    def train_discriminator(self, images: Tensor, samples: Tensor) -> Tensor:
+        """One backward pass of the discriminator; returns its loss."""
+        # One pass over both halves: distributed training allows one forward pass a backward pass.
+        logits = self.wrapped_discriminator(torch.cat([images, samples]))
+        loss = hinge_discriminator_loss(*logits.chunk(2))
+        self.accelerator.backward(loss)
+        self.discriminator_optimizer.step()
+        self.discriminator_optimizer.zero_grad()
+        return loss
+
+    def validate(self, model: RQVAE, step: int) -> dict[str, float]:
+        if self.accelerator.is_main_process:
+            columns = reconstructions(model, self.preview.to(self.accelerator.device))
+            self.show(to_images(columns.flatten(0, 1)), columns.shape[1], step)
+        return validate(self.accelerator, model, self.validation_set, self.args.train_batch_size)
+
+    def check(self, metrics: dict[str, float], step: int) -> None:
+        started = step > self.args.quantizer_start_step + self.args.lr_warmup_steps
+        if started and metrics["perplexity_depth_1"] < self.args.min_perplexity:
             raise RuntimeError(
                 f"the codebook has collapsed by step {step}: the perplexity of the first code is"
-                f" {metrics['perplexity_depth_1']:.2f}, under --min_perplexity. {run.last_good_checkpoint} Try a lower"
+                f" {metrics['perplexity_depth_1']:.2f}, under --min_perplexity. {self.last_good_checkpoint} Try a lower"
                 " --learning_rate, a larger batch, --quantizer_start_step, or a later --gan_start_step."
             )
 
-    run.loop(train_set, collate_images, train_step, validate_and_show, RQVAE.save_pretrained, "vqvae", check_codes)
+    def export(self, model: RQVAE, folder: Path) -> None:
+        model.save_pretrained(folder)
+
+
+def main(args: RQVAEArguments) -> None:
+    RQVAETraining(args).train()
 
 
 if __name__ == "__main__":

@@ -69,9 +69,9 @@ def finish(process: subprocess.Popen, folder: Path) -> None:
     assert process.wait(timeout=600) == 0, (folder / "output.txt").read_text()[-4000:]
 
 
-def kill_when(path: Path, process: subprocess.Popen) -> None:
-    """Kills the process with SIGKILL as soon as `path` is there."""
-    while not path.exists():
+def kill_when(folder: Path, pattern: str, process: subprocess.Popen) -> None:
+    """Kills the process with SIGKILL as soon as something that matches `pattern` is in the folder."""
+    while not any(folder.glob(pattern)):
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.0005)
     os.killpg(process.pid, signal.SIGKILL)
@@ -132,10 +132,10 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(folder, script):
     resuming = f"{SCRIPTS[script]} --output_dir {killed} --resume_from_checkpoint latest"
 
     process = start(folder, resuming)
-    kill_when(folder / killed / "checkpoint-3", process)
+    kill_when(folder / killed, "checkpoint-3", process)
     # While a checkpoint is being written: half of it lies there, under another name.
     process = start(folder, resuming)
-    kill_when(folder / killed / "checkpoint-unfinished", process)
+    kill_when(folder / killed, ".checkpoint-*.unfinished", process)
     resumed_from = max(step for step, _ in list_checkpoints(folder / killed))
     assert 3 <= resumed_from < 12
     finish(start(folder, resuming), folder)
@@ -159,7 +159,7 @@ def test_a_collapsing_codebook_ends_the_run_and_says_what_to_try(folder):
 
 def test_a_full_disk_leaves_the_checkpoint_before_it(folder):
     run = f"{TRANSFORMER} --dataloader_num_workers 0 --output_dir full --resume_from_checkpoint latest"
-    kill_when(folder / "full" / "checkpoint-3", start(folder, run))
+    kill_when(folder / "full", "checkpoint-3", start(folder, run))
     ((step, checkpoint),) = list_checkpoints(folder / "full")[-1:]
     before = {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
     # No file may grow beyond 8 kB, which is less than the weights take.

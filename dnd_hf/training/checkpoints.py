@@ -1,11 +1,14 @@
 """Checkpoints of a training run: `checkpoint-<step>` folders that are either whole or not there."""
 
 import re
-import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from ..files import remove, written_whole
 
 
 def list_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
@@ -40,7 +43,7 @@ def save_checkpoint(
 ) -> None:
     """Saves the run's state as `checkpoint-<step>`, to be called by all processes.
 
-    The folder is written under another name and then renamed, so a run that is killed leaves no half checkpoint.
+    A run that is killed meanwhile leaves the checkpoints before it, and a folder that [`remove_unfinished`] removes.
 
     Args:
         accelerator: whose prepared and registered objects are saved.
@@ -49,17 +52,19 @@ def save_checkpoint(
         total_limit: older checkpoints are deleted beyond this number.
         export: called by all processes with the folder, to add what can be used without resuming.
     """
-    target = Path(output_dir, f"checkpoint-{step}")
-    unfinished = Path(output_dir, "checkpoint-unfinished")
-    if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished))
-    export(unfinished)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(target, ignore_errors=True)
-        unfinished.rename(target)
+    is_main = accelerator.is_main_process
+    with written_whole(Path(output_dir, f"checkpoint-{step}")) if is_main else nullcontext() as unfinished:
+        (folder,) = broadcast_object_list([str(unfinished)])
+        accelerator.save_state(folder)
+        export(Path(folder))
+        accelerator.wait_for_everyone()
+    if is_main:
         for _, path in list_checkpoints(output_dir)[:-total_limit]:
-            shutil.rmtree(path)
+            remove(path)
     accelerator.wait_for_everyone()
+
+
+def remove_unfinished(output_dir: str | Path) -> None:
+    """Removes what an earlier run of this folder was writing when it was killed."""
+    for path in Path(output_dir).glob(".*.unfinished"):
+        remove(path)

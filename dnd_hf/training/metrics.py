@@ -1,9 +1,53 @@
-"""metrics.jsonl of a training run: written as a tracker of Accelerate, and read back."""
+"""Metrics of a training run: the means since the last line of the log; metrics.jsonl, written and read back."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from time import perf_counter
 
+import torch
+from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, on_main_process
+from torch import Tensor
+
+from ..files import write_text
+
+
+class MetricsWindow:
+    """The metrics of the forward passes since the window was last closed, and the time that they took."""
+
+    def __init__(self):
+        self.passes: list[dict[str, Tensor]] = []
+        self.started = perf_counter()
+
+    def restart(self) -> None:
+        """Forgets what there is and starts the clock."""
+        self.passes, self.started = [], perf_counter()
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Takes the scalars of one forward pass; they stay on their device."""
+        self.passes.append({name: value.detach() for name, value in metrics.items()})
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside takes no time of the window."""
+        paused = perf_counter()
+        yield
+        self.started += perf_counter() - paused
+
+    def close(self, accelerator: Accelerator) -> tuple[dict[str, float], int, float]:
+        """Starts the next window; to be called by all processes.
+
+        Returns:
+            The mean over passes and processes of each metric of the last pass; the number of passes; their seconds.
+        """
+        names = self.passes[-1]
+        means = {name: torch.stack([one[name] for one in self.passes if name in one]).mean() for name in names}
+        values = {name: value.item() for name, value in accelerator.reduce(means, "mean").items()}
+        num_passes, seconds = len(self.passes), perf_counter() - self.started
+        self.restart()
+        return values, num_passes, seconds
 
 
 class JsonlTracker(GeneralTracker):
@@ -28,7 +72,7 @@ class JsonlTracker(GeneralTracker):
     @on_main_process
     def start(self) -> None:
         kept = [line for line in read_metrics(self.path) if line["step"] <= self.first_step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept if self.first_step))
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept if self.first_step))
 
     @on_main_process
     def log(self, values: dict, step: int | None = None, **kwargs) -> None:

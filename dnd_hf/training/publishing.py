@@ -1,6 +1,5 @@
 """Publishing a training run: its model card, and its folder as a repository on the Hub."""
 
-import json
 import platform
 import re
 import shlex
@@ -14,7 +13,9 @@ from huggingface_hub import ModelCard, ModelCardData, auth_check, create_repo, g
 from transformers import AutoConfig
 
 from .. import __version__
-from ..arguments import TrainingArguments
+from ..arguments import RunArguments
+from ..figures import markdown_table
+from ..files import read_json, write_text
 from ..pipelines.model_cards import pipeline_card, tokenizer_card, training_sections
 from .metrics import read_metrics
 
@@ -25,11 +26,11 @@ PIPELINE_SAMPLES = "Samples of the classes in turn; their seeds are always the s
 TOKENIZER_SAMPLES = "A row a picture: the original, then what its first 1, 2, ... codes decode to."
 
 
-def open_repository(args: TrainingArguments) -> str | None:
-    """Creates the repository that `--push_to_hub` asks for, or finds it, and makes sure that it can be written to.
+def open_repository(args: RunArguments) -> str | None:
+    """Creates the repository that `push_to_hub` asks for, or finds it, and makes sure that it can be written to.
 
     Returns:
-        Its id, `organisation/name`; `None` without `--push_to_hub`.
+        Its id, `organisation/name`; `None` without `push_to_hub`.
 
     Raises:
         ValueError: no token, no such right, an unknown licence, no connection; nothing has been created then.
@@ -43,13 +44,11 @@ def open_repository(args: TrainingArguments) -> str | None:
         repo_id = create_repo(args.hub_name, private=args.hub_private or None, exist_ok=True).repo_id
         auth_check(repo_id, write=True)
     except Exception as error:  # also those of the HTTP library
-        raise ValueError(f"--push_to_hub cannot write to {args.hub_name!r}: {error}") from error
+        raise ValueError(f"`push_to_hub` cannot write to {args.hub_name!r}: {error}") from error
     return repo_id
 
 
-def write_model_card(
-    args: TrainingArguments, repo_id: str | None, accelerator: Accelerator, num_train_samples: int
-) -> None:
+def write_model_card(args: RunArguments, repo_id: str | None, accelerator: Accelerator, num_train_samples: int) -> None:
     """Writes `README.md` of a finished run into its folder: how to use it, data, settings, metrics, samples, licence.
 
     Args:
@@ -87,14 +86,14 @@ def write_model_card(
         images=[path.relative_to(folder).as_posix() for path in pictures],
         license=args.hub_license,
     )
-    card.save(folder / "README.md")
+    write_text(folder / "README.md", str(card))
 
 
 def upload_run(folder: Path, repo_id: str) -> None:
     """Uploads the folder of a run, without its checkpoints. What an earlier, interrupted upload sent is not sent again.
 
     Raises:
-        RuntimeError: it failed; the message has the command that goes on with it.
+        RuntimeError: it failed; the message has the command that continues it.
     """
     try:
         commit = upload_folder(
@@ -102,7 +101,7 @@ def upload_run(folder: Path, repo_id: str) -> None:
         )
     except Exception as error:  # also those of the HTTP library
         raise RuntimeError(
-            f"the result is complete in {folder}, but its upload failed: {error}\nTo go on with the upload:\n\n"
+            f"the result is complete in {folder}, but its upload failed: {error}\nTo continue the upload:\n\n"
             f"    hf upload {repo_id} {shlex.quote(str(folder))} --exclude '{NOT_UPLOADED}'\n"
         ) from error
     print(f"{folder} is on the Hub: {commit.commit_url}")
@@ -122,11 +121,11 @@ def _public(value: object) -> str:
     return path.resolve().name if value != "" and (path.is_absolute() or path.exists()) else str(value)
 
 
-def _source(args: TrainingArguments) -> tuple[str | None, str]:
+def _source(args: RunArguments) -> tuple[str | None, str]:
     """The data set that was trained on, also where its codes were, and the split."""
     notes = Path(getattr(args, "codes_dir", None) or "", "extraction.json")
     if notes.is_file():
-        settings = json.loads(notes.read_text(encoding="utf-8"))
+        settings = read_json(notes)
         return settings["dataset_name"], settings["dataset_split"]
     return args.dataset_name, args.dataset_split
 
@@ -141,7 +140,7 @@ def _describe(dataset: str | None, split: str) -> str:
     return f"The local data set `{_public(dataset)}`"
 
 
-def _command(args: TrainingArguments) -> str:
+def _command(args: RunArguments) -> str:
     """The command line of the options that are not at their defaults, but for those of resuming and publishing."""
     lines = [f"accelerate launch {Path(sys.argv[0]).name}"]
     for field in fields(args):
@@ -161,8 +160,6 @@ def _metrics_table(metrics: list[dict]) -> str:
     for name, value in last.items():
         metric, _, depth = name.removeprefix("validation/").partition("_depth_")
         rows.setdefault(depth or "all", {})[metric] = value
-    columns = sorted({metric for row in rows.values() for metric in row})
-    lines = [["depth", *columns], ["---"] * (len(columns) + 1)]
-    for depth in sorted(rows):  # digits come before letters
-        lines.append([depth, *(f"{rows[depth][m]:.4g}" if m in rows[depth] else "" for m in columns)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    names = sorted({name for row in rows.values() for name in row})
+    lines = [{"depth": depth} | {name: rows[depth].get(name) for name in names} for depth in sorted(rows)]
+    return markdown_table(lines) if lines else "None."  # sorted: digits come before letters

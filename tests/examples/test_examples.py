@@ -125,12 +125,12 @@ def test_two_processes_train_the_same_codebook_and_weights(folder):
         "from dnd_hf.arguments import parse_arguments\n"
         "from dnd_hf.training.run import TrainingRun\n"
         f"names = runpy.run_path({str(REPOSITORY / 'examples' / 'train_rqvae.py')!r})\n"
-        "loop = TrainingRun.loop\n"
-        "def loop_and_write(self, *args):\n"
+        "train = TrainingRun.train\n"
+        "def train_and_write(self):\n"
         "    rank = self.accelerator.process_index\n"
-        "    loop(self, *args)\n"
+        "    train(self)\n"
         "    torch.save(self.model.state_dict(), f'rank-{rank}.pt')\n"
-        "TrainingRun.loop = loop_and_write\n"
+        "TrainingRun.train = train_and_write\n"
         "names['main'](parse_arguments(names['RQVAEArguments']))\n"
     )
     launch(TWO_PROCESSES, script, f"{TOKENIZER} --output_dir rqvae-2 --learning_rate 0.001", folder)

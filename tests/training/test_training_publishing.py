@@ -17,9 +17,9 @@ from hub_stand_in import HubStandIn, Repository
 from huggingface_hub import ModelCard
 
 from dnd_hf import DnDConfig
-from dnd_hf.arguments import TrainingArguments, parse_arguments
+from dnd_hf.arguments import RunArguments, parse_arguments
+from dnd_hf.training.environment import RunEnvironment
 from dnd_hf.training.publishing import write_model_card
-from dnd_hf.training.run import TrainingRun
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -42,15 +42,18 @@ TRAIN_AND_PUBLISH = """
     import huggingface_hub.utils._http as http
     from accelerate.state import AcceleratorState, GradientState
 
+    from dnd_hf.arguments import parse_arguments
+
     http.time = SimpleNamespace(sleep=lambda seconds: None)  # its waits before it tries again
     examples, tokenizer, transformer = sys.argv[1:]
 
     def run(script, options):
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
-        sys.argv = [f"{examples}/{script}", *options.split()]
+        names = runpy.run_path(f"{examples}/{script}")
+        arguments = {"train.py": "DnDArguments", "train_rqvae.py": "RQVAEArguments"}[script]
         try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
+            names["main"](parse_arguments(names[arguments], options.split()))
         except (ValueError, RuntimeError) as error:
             return str(error)
 
@@ -176,15 +179,15 @@ def card_of(repository: Repository) -> ModelCard:
     ],
 )
 def test_what_cannot_be_published_is_refused_before_any_work(published, case, message):
-    assert published.messages[case].startswith("--push_to_hub cannot write to") and message in published.messages[case]
+    assert published.messages[case].startswith("`push_to_hub` cannot write to") and message in published.messages[case]
     assert published.started == []
     assert len(published.hub.repositories["you/open"].commits) == 1
 
 
 def test_offline_is_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_me")
-    with pytest.raises(ValueError, match=r"--push_to_hub cannot write to 'run'.*offline mode"):
-        TrainingRun(TrainingArguments(output_dir=str(tmp_path / "run"), push_to_hub=True))
+    with pytest.raises(ValueError, match=r"`push_to_hub` cannot write to 'run'.*offline mode"):
+        RunEnvironment(RunArguments(output_dir=str(tmp_path / "run"), push_to_hub=True))
     assert not (tmp_path / "run").exists()
 
 
@@ -194,7 +197,7 @@ def test_offline_is_refused_before_any_work(tmp_path, monkeypatch):
 )
 def test_an_unusable_repository_name_is_refused_with_the_option_to_change(options, capsys):
     with pytest.raises(SystemExit):
-        parse_arguments(TrainingArguments, options.split())
+        parse_arguments(RunArguments, options.split())
     assert re.search("error: --hub_model_id: Repo id must", capsys.readouterr().err)
 
 
@@ -264,7 +267,7 @@ def test_pushing_does_not_overwrite_the_card_that_is_there(loaded):
 
 
 @dataclass
-class Arguments(TrainingArguments):
+class Arguments(RunArguments):
     codes_dir: str | None = None
     pretrained_transformer: str | None = None
     prediction_layers: list[int] | None = None
@@ -320,7 +323,7 @@ def test_a_card_holds_data_settings_metrics_samples_and_licence(tmp_path, monkey
     ]
     assert "100,000 steps of 48 samples" in card.text and f"torch {torch.__version__.split('+')[0]}" in card.text
     assert "after step 10:" in card.text
-    table = "| depth | loss | usage |\n| --- | --- | --- |\n| 1 | 1 |  |\n| 2 | 1.5 | 0.1235 |\n| all | 1.25 |  |\n"
+    table = "| depth | loss | usage |\n|---|---|---|\n| 1 | 1 |  |\n| 2 | 1.5 | 0.12346 |\n| all | 1.25 |  |\n"
     assert table in card.text
     assert re.findall(r"!\[.*?\]\((.*?)\)", card.text) == ["samples/step-10.png"]
     assert "Weights: cc-by-4.0." in card.text

@@ -12,10 +12,11 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
 
-from dnd_hf.arguments import TrainingArguments, parse_arguments
+from dnd_hf.arguments import RunArguments, parse_arguments
 from dnd_hf.figures import plot_training_curves
 from dnd_hf.training.checkpoints import find_checkpoint, list_checkpoints
 from dnd_hf.training.data_order import TrainingStream, hold_out
+from dnd_hf.training.environment import RunEnvironment
 from dnd_hf.training.metrics import JsonlTracker, read_metrics
 from dnd_hf.training.optimization import WeightAverage, averaged_weights, weight_decay_groups
 from dnd_hf.training.run import TrainingRun
@@ -29,45 +30,54 @@ class NoisyPoints(torch.utils.data.Dataset):
         return {"x": index + torch.rand(3), "index": index}
 
 
-def train(output_dir: Path, **options) -> dict[str, torch.Tensor]:
-    """Trains a small network with dropout; returns its averaged weights as exported."""
-    diverge = options.pop("diverge", None)
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    settings = dict(
-        train_batch_size=2, gradient_accumulation_steps=2, max_train_steps=6, checkpointing_steps=2, validation_steps=6,
-        logging_steps=2, lr_warmup_steps=2, lr_scheduler="cosine", dataloader_num_workers=0,
-    )  # fmt: skip
-    run = TrainingRun(TrainingArguments(output_dir=str(output_dir), **{**settings, **options}))
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 1))
-    model, optimizer = run.prepare(
-        network, torch.optim.Adam(network.parameters(), 0.01), tokens_per_sample=3, flops_per_sample=10
-    )
-    run.resume()
+class SmallRun(TrainingRun):
+    """A small network with dropout, trained towards 0; `diverge` says what becomes infinite or NaN."""
 
-    def train_step(batch, step):
-        with run.accelerator.accumulate(model):
-            loss = model(batch["x"]).square().mean()
-            if diverge == "loss" and step == 4:
+    result_name = "result"
+
+    def __init__(self, args: RunArguments, diverge: str | None = None):
+        environment = RunEnvironment(args)
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+        optimizer = torch.optim.Adam(network.parameters(), 0.01)
+        super().__init__(
+            environment, network, optimizer, NoisyPoints(), default_collate, tokens_per_sample=3, flops_per_sample=10
+        )
+        self.diverge = diverge
+
+    def train_step(self, batch, step):
+        with self.accelerator.accumulate(self.wrapped_model):
+            loss = self.wrapped_model(batch["x"]).square().mean()
+            if self.diverge == "loss" and step == 4:
                 loss = loss * torch.inf
-            run.accelerator.backward(loss)
-            if diverge == "gradient" and step == 5:
-                network[0].weight.grad[0, 0] = torch.nan
-            metrics = run.clip_gradients()
-            optimizer.step()
-            optimizer.zero_grad()
+            self.accelerator.backward(loss)
+            if self.diverge == "gradient" and step == 5:
+                self.model[0].weight.grad[0, 0] = torch.nan
+            metrics = self.clip_gradients()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         return {"loss": loss, **metrics}
 
-    def validate(network, step):
-        run.show([Image.new("RGB", (2, 2))] * 2, 2, step)
+    def validate(self, model, step):
+        self.show([Image.new("RGB", (2, 2))] * 2, 2, step)
         return {"score": step}
 
-    def export(network, folder):
+    def export(self, model, folder):
         folder.mkdir(exist_ok=True)
-        torch.save(network.state_dict(), folder / "weights.pt")
+        torch.save(model.state_dict(), folder / "weights.pt")
 
-    run.loop(NoisyPoints(), default_collate, train_step, validate, export, "result")
+
+SHORT = dict(
+    train_batch_size=2, gradient_accumulation_steps=2, max_train_steps=6, checkpointing_steps=2, validation_steps=6,
+    logging_steps=2, lr_warmup_steps=2, lr_scheduler="cosine", dataloader_num_workers=0,
+)  # fmt: skip
+
+
+def train(output_dir: Path, run_class: type = SmallRun, diverge: str | None = None, **options) -> dict:
+    """Trains a small network; returns its averaged weights as exported."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    run_class(RunArguments(output_dir=str(output_dir), **{**SHORT, **options}), diverge).train()
     return torch.load(output_dir / "weights.pt")
 
 
@@ -158,13 +168,13 @@ def test_trackio_gets_numbers_and_pictures(tmp_path, monkeypatch):
 
 
 def test_unfinished_checkpoints_are_never_resumed_from(tmp_path):
-    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-unfinished"):
+    for name in ("checkpoint-9", "checkpoint-10", ".checkpoint-11.0a.unfinished"):
         (tmp_path / name).mkdir()
     assert find_checkpoint(tmp_path, "latest") == (10, tmp_path / "checkpoint-10")
     assert find_checkpoint(tmp_path, str(tmp_path / "checkpoint-9")) == (9, tmp_path / "checkpoint-9")
     assert find_checkpoint(tmp_path, None) == find_checkpoint(tmp_path / "nothing", "latest") == (0, None)
     with pytest.raises(ValueError, match="not a checkpoint folder"):
-        find_checkpoint(tmp_path, str(tmp_path / "checkpoint-unfinished"))
+        find_checkpoint(tmp_path, str(tmp_path / ".checkpoint-11.0a.unfinished"))
 
 
 def test_every_epoch_has_every_item_once_in_an_order_of_its_own():
@@ -246,7 +256,7 @@ def test_a_new_run_starts_a_new_metrics_file(tmp_path):
 
 def test_the_command_line_overrides_the_yaml_file(tmp_path):
     (tmp_path / "run.yaml").write_text("seed: 3\nlearning_rate: 0.001\nreport_to: [tensorboard]\n")
-    args = parse_arguments(TrainingArguments, ["--config", str(tmp_path / "run.yaml"), "--seed", "4"])
+    args = parse_arguments(RunArguments, ["--config", str(tmp_path / "run.yaml"), "--seed", "4"])
     assert (args.seed, args.learning_rate, args.report_to) == (4, 0.001, ["tensorboard"])
 
 
@@ -265,5 +275,5 @@ def test_bad_arguments_end_the_program_with_a_message(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     Path("wrong.yaml").write_text("sead: 3\n")
     with pytest.raises(SystemExit):
-        parse_arguments(TrainingArguments, argv)
+        parse_arguments(RunArguments, argv)
     assert message in capsys.readouterr().err
