@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from huggingface_hub import file_exists
@@ -56,7 +57,7 @@ class SavingMixin:
             for component in ("transformer", "vqvae"):
                 module, class_name = config[component]
                 if module is not None:
-                    config[component] = [f"dnd_hf.models.{module.rpartition('.')[2]}", class_name]
+                    config[component] = [_imported_module(module), class_name]
         return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
@@ -108,6 +109,14 @@ class SavingMixin:
             if (source / "README.md").is_file() and source.resolve() != target.resolve():
                 _copy_card(source, target)
         return super()._upload_folder(working_dir, repo_id, token=token, subfolder=subfolder, **kw)
+
+
+def _imported_module(name: str) -> str:
+    """The full name of the module of this package that a folder means; diffusers wants it imported."""
+    try:
+        return import_module(f"dnd_hf.models.{name.rpartition('.')[2]}").__name__
+    except ModuleNotFoundError as error:
+        raise ValueError(f"`model_index.json` names the module {name!r}, which dnd_hf.models does not have.") from error
 
 
 def _has_adapters(model: nn.Module) -> bool:

@@ -1,10 +1,12 @@
 """The bundled pipelines: complete, small, and without code."""
 
+import subprocess
+import sys
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 
 from dnd_hf import DnDPipeline, bundled_checkpoint
 from dnd_hf.data.words import WORDS
@@ -41,11 +43,22 @@ def test_words_is_weights_and_json():
     assert suffixes == {".json", ".safetensors"}
 
 
-def test_words_loads_by_diffusers_too_from_the_installed_package(words):
-    loaded = DiffusionPipeline.from_pretrained(bundled_checkpoint("words"), trust_remote_code=True)
-    assert type(loaded) is DnDPipeline
-    assert loaded.transformer.dtype == words.transformer.dtype == torch.float32
-    assert loaded.transformer.config.to_dict() == words.transformer.config.to_dict()
+@pytest.mark.parametrize("cls", ["DnDPipeline", "DiffusionPipeline"])
+def test_words_loads_in_a_new_process_also_by_diffusers_and_from_the_installed_package(cls):
+    program = """
+        import sys
+
+        from diffusers import DiffusionPipeline
+
+        from dnd_hf import DnDPipeline, bundled_checkpoint
+
+        folder = bundled_checkpoint("words")
+        pipe = locals()[sys.argv[1]].from_pretrained(folder, trust_remote_code=True)
+        assert type(pipe) is DnDPipeline
+        assert {str(model.dtype) for model in (pipe.transformer, pipe.vqvae)} == {"torch.float32"}
+    """
+    done = subprocess.run([sys.executable, "-c", dedent(program), cls], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_unknown_bundled_checkpoint_is_refused_with_those_that_exist():

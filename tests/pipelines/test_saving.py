@@ -77,6 +77,16 @@ def test_diffusion_pipeline_loads_it_with_trust_alone(make_pipeline, tmp_path):
         DiffusionPipeline.from_pretrained(tmp_path)
 
 
+def test_a_folder_that_names_foreign_modules_is_refused(make_pipeline, tmp_path):
+    make_pipeline().save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    for module in ("subprocess", "dnd_hf.files", "../evil", ""):
+        index["vqvae"][0] = module
+        (tmp_path / "model_index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match=f"names the module '{module}', which dnd_hf.models does not have"):
+            DnDPipeline.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("first", ["ours", "diffusers"])
 def test_a_pipeline_saved_again_loads_both_ways_again(first, make_pipeline, tmp_path):
     pipe = make_pipeline()
