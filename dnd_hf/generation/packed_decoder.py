@@ -202,5 +202,10 @@ def _is_plain_linear(head: nn.Module) -> bool:
 
 
 def _is_changed(module: nn.Module) -> bool:
-    """Whether it has hooks, or a `forward` of its own as the offloading of Accelerate gives it."""
-    return bool("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
+    """Whether it has hooks, or a `forward` of its own as the offloading of Accelerate gives it.
+
+    The hooks by which transformers captures hidden states and attentions do nothing here.
+    """
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    capturing = "transformers.utils.output_capturing"
+    return "forward" in vars(module) or any(getattr(hook, "__module__", None) != capturing for hook in hooks)

@@ -1,20 +1,38 @@
 """RQVAE: a convolutional autoencoder whose latent grid is quantized to residual codes (arXiv 2203.01941)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.activations import ACT2CLS
 from diffusers.models.autoencoders.vae import AutoencoderMixin, Decoder, DecoderOutput, Encoder
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from ..ops.checks import can_look, check_finite, check_integers
+from ..ops.number_checks import check_positive, check_share, height_width, whole_number
+from ..ops.tensor_checks import can_look, check_finite, check_integers
 from .loading import LoadingMixin
 from .residual_quantizer import ResidualQuantizer
+
+
+RQVAE_BLOCKS = {
+    "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+    "up_block_types": ("UpDecoderBlock2D", "AttnUpDecoderBlock2D"),
+}
+LARGEST_RQVAE_SIZES = {  # beyond which a configuration is taken for a mistake, or for an attack
+    "in_channels": 2**10,
+    "out_channels": 2**10,
+    "layers_per_block": 2**8,
+    "latent_channels": 2**16,
+    "vq_embed_dim": 2**16,
+    "num_vq_embeddings": 2**24,
+    "code_depth": 2**10,
+    "norm_num_groups": 2**16,
+}
 
 
 @dataclass
@@ -107,17 +125,10 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         normalize_codes: bool = False,
     ):
         super().__init__()
+        _check_config(self.config)
         levels = len(block_out_channels)
         down_block_types = down_block_types or ("DownEncoderBlock2D",) * (levels - 1) + ("AttnDownEncoderBlock2D",)
         up_block_types = up_block_types or ("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * (levels - 1)
-        for name, types in (("down_block_types", down_block_types), ("up_block_types", up_block_types)):
-            if len(types) != levels:
-                raise ValueError(f"`{name}` has {len(types)} entries, `block_out_channels` {levels}: must be equal.")
-        for channels in block_out_channels:
-            if channels % norm_num_groups:
-                raise ValueError(
-                    f"`block_out_channels` must be multiples of `norm_num_groups` {norm_num_groups}, got {channels}."
-                )
         vq_embed_dim = vq_embed_dim or latent_channels
         sizes = dict(
             block_out_channels=block_out_channels,
@@ -149,8 +160,8 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         self.code_stride = tuple(self.stride * cells for cells in code_patch_size)
         self.use_slicing = False
         self.use_tiling = False
-        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-        self.grid_size = tuple(max(1, size // step) for size, step in zip((height, width), self.code_stride))
+        sample_size = height_width("sample_size", sample_size)
+        self.grid_size = tuple(max(1, size // step) for size, step in zip(sample_size, self.code_stride))
         self.tile_size = tuple(cells * step for cells, step in zip(self.grid_size, self.code_stride))  # pixels
 
     @classmethod
@@ -234,6 +245,9 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def _encode(self, images: Tensor) -> Tensor:
         channels, (row_stride, column_stride) = self.config.in_channels, self.code_stride
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            given = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"`images` must be a floating-point tensor with values in [-1, 1], got {given}.")
         fits = images.ndim == 4 and images.shape[1] == channels and min(images.shape[2:]) > 0
         if not fits or images.shape[2] % row_stride or images.shape[3] % column_stride:
             raise ValueError(
@@ -266,6 +280,39 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         if self.use_tiling and (x.shape[2] > tile[0] or x.shape[3] > tile[1]):
             return _tiled(fn, x, tile, scale)
         return fn(x)
+
+
+def _check_config(config: Mapping) -> None:
+    """Raises ValueError on what no RQVAE can have; the message names it."""
+    for name, largest in LARGEST_RQVAE_SIZES.items():
+        if name != "vq_embed_dim" or config[name] is not None:
+            whole_number(name, config[name], maximum=largest)
+    channels, groups = config["block_out_channels"], config["norm_num_groups"]
+    levels = len(channels)
+    if not 1 <= levels <= 16:
+        raise ValueError(f"`block_out_channels` must have 1 to 16 levels, got {levels}.")
+    for number in channels:
+        if whole_number("block_out_channels", number, maximum=2**16) % groups:
+            raise ValueError(f"`block_out_channels` must be multiples of `norm_num_groups` {groups}, got {number}.")
+    for name, known in RQVAE_BLOCKS.items():
+        types = config[name] or known[:1] * levels
+        if len(types) != levels:
+            raise ValueError(f"`{name}` has {len(types)} entries, `block_out_channels` {levels}: must be equal.")
+        if not set(types) <= set(known):
+            raise ValueError(f"`{name}` must each be one of {known}, got {types}.")
+    height_width("sample_size", config["sample_size"], maximum=2**16)
+    patch = config["code_patch_size"]
+    height_width("code_patch_size", patch, maximum=2**8)
+    if not isinstance(patch, list | tuple) or len(patch) != 2:
+        raise ValueError(f"`code_patch_size` must be (rows, columns), got {patch}.")
+    check_share("ema_decay", config["ema_decay"])
+    if config["commitment_weight"] != 0:
+        check_positive("commitment_weight", config["commitment_weight"])
+    if config["act_fn"] not in ACT2CLS:
+        raise ValueError(f"`act_fn` must be one of {', '.join(ACT2CLS)}, got {config['act_fn']!r}.")
+    for name in ("shared_codebook", "restart_unused_codes", "mid_block_add_attention", "normalize_codes"):
+        if not isinstance(config[name], bool):
+            raise ValueError(f"`{name}` must be True or False, got {config[name]!r}.")
 
 
 def _check_latents(latents: Tensor, images: Tensor) -> None:

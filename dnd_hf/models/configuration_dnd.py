@@ -1,6 +1,11 @@
 """DnDConfig: the shape of a DnD-Transformer and everything its checkpoint must remember."""
 
+from dataclasses import fields
+
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from ..ops.number_checks import check_positive, check_share, height_width, whole_number
 
 
 SIZES = {  # arXiv 2410.01912, Table 2; name: (layers, width, heads)
@@ -11,6 +16,17 @@ SIZES = {  # arXiv 2410.01912, Table 2; name: (layers, width, heads)
     "XXXL": (48, 2048, 32),
 }
 DEPTH_MODES = ("dnd", "vertical", "parallel")
+LARGEST_SIZES = {  # beyond which a configuration is taken for a mistake, or for an attack
+    "vocab_size": 2**24,
+    "hidden_size": 2**17,
+    "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "intermediate_size": 2**20,
+    "code_depth": 2**10,
+    "num_classes": 2**24,
+}
+LARGEST_GRID_SIDE = 2**12
 
 
 def default_prediction_layers(num_hidden_layers: int, code_depth: int) -> list[int]:
@@ -41,7 +57,8 @@ class DnDConfig(PreTrainedConfig):
         depth_mode: `"dnd"`: heads at different layers, each code's embedding is added to the hidden state;
             `"vertical"`: nothing is fed back; `"parallel"`: all heads at the last layer (Table 3).
         tie_prediction_heads: one output matrix for all depths (the norms stay separate).
-        num_classes: class labels lie in `[0, num_classes)`.
+        num_classes: class labels lie in `[0, num_classes)`. transformers' name for it, `num_labels`, is taken too.
+            `None`: as many as `id2label` names, or 1000.
         class_dropout_prob: share of training samples whose class becomes the null class; 0: there is no null class,
             so no guidance.
         embedding_dropout: dropout of the input tokens.
@@ -52,6 +69,8 @@ class DnDConfig(PreTrainedConfig):
         rope_theta: base of the 2D rotary positions.
         rms_norm_eps: epsilon of the RMS norms.
         initializer_range: standard deviation of the initial weights.
+        hidden_act: activation of the SwiGLU's gate, by its name in transformers.
+        attention_bias, mlp_bias: whether the linear layers of attention and MLP have biases.
         id2label: names of the classes, `{0: "tench", ...}`.
 
     Raises:
@@ -59,6 +78,7 @@ class DnDConfig(PreTrainedConfig):
     """
 
     model_type = "dnd"
+    keys_to_ignore_at_inference = ["depth_losses", "hidden_states", "attentions"]
 
     vocab_size: int = 16384
     hidden_size: int = 1536
@@ -71,7 +91,7 @@ class DnDConfig(PreTrainedConfig):
     prediction_layers: list[int] | None = None
     depth_mode: str = "dnd"
     tie_prediction_heads: bool = False
-    num_classes: int = 1000
+    num_classes: int | None = None
     class_dropout_prob: float = 0.1
     embedding_dropout: float = 0.1
     residual_dropout: float = 0.1
@@ -87,52 +107,78 @@ class DnDConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "code_depth", "num_classes")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        shares = ("class_dropout_prob", "embedding_dropout", "residual_dropout", "mlp_dropout", "attention_dropout")
-        for name in (*shares, "drop_path_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
-
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.hidden_size % self.num_attention_heads or (self.hidden_size // self.num_attention_heads) % 4:
-            raise ValueError(
-                f"`hidden_size` must be `num_attention_heads` ({self.num_attention_heads}) times a multiple of 4 (2D"
-                f" rotary positions), got {self.hidden_size}."
-            )
-        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"`num_key_value_heads` must divide `num_attention_heads` ({self.num_attention_heads}), got"
-                f" {self.num_key_value_heads}."
-            )
-        self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.intermediate_size is None:
-            self.intermediate_size = -(-int(2 / 3 * 4 * self.hidden_size) // 256) * 256
-
-        grid_size = (self.grid_size,) * 2 if isinstance(self.grid_size, int) else tuple(self.grid_size)
-        if len(grid_size) != 2 or min(grid_size) < 1:
-            raise ValueError(f"`grid_size` must be a positive (height, width), got {self.grid_size}.")
-        self.grid_size = list(grid_size)
-
+        self._set_num_classes(kwargs.pop("num_labels", None))
+        self._check_numbers()
+        self._check_heads(kwargs.pop("head_dim", None))
+        self.grid_size = list(height_width("grid_size", self.grid_size, LARGEST_GRID_SIDE))
         if self.depth_mode not in DEPTH_MODES:
             raise ValueError(f"`depth_mode` must be one of {DEPTH_MODES}, got {self.depth_mode!r}.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}.")
+        if self.tie_word_embeddings:
+            raise ValueError(
+                "`tie_word_embeddings` must be False; `tie_prediction_heads` ties the heads of the depths."
+            )
+        for name in ("tie_prediction_heads", "attention_bias", "mlp_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+        self._set_prediction_layers()
+        super().__post_init__(num_labels=self.num_classes, **kwargs)
+
+    def _set_num_classes(self, num_labels: int | None) -> None:
+        named = None if self.id2label is None else len(self.id2label)
+        if self.num_classes is None:
+            self.num_classes = num_labels if num_labels is not None else named or 1000
+        if num_labels is not None and num_labels != self.num_classes:
+            raise ValueError(f"`num_labels` is another name of `num_classes` ({self.num_classes}), got {num_labels}.")
+        if named is None:
+            return
+        if named != self.num_classes:
+            raise ValueError(f"`id2label` must name all {self.num_classes} classes, got {named} names.")
+        if {str(key) for key in self.id2label} != {str(label) for label in range(named)}:
+            raise ValueError(f"`id2label` must have the keys 0 to {named - 1}, got {list(self.id2label)[:10]}.")
+
+    def _check_numbers(self) -> None:
+        if self.intermediate_size is None:
+            hidden_size = whole_number("hidden_size", self.hidden_size)
+            self.intermediate_size = -(-int(2 / 3 * 4 * hidden_size) // 256) * 256
+        for name, largest in LARGEST_SIZES.items():
+            setattr(self, name, whole_number(name, getattr(self, name), maximum=largest))
+        for name in ("class_dropout_prob", "embedding_dropout", "residual_dropout", "mlp_dropout"):
+            check_share(name, getattr(self, name))
+        for name in ("attention_dropout", "drop_path_rate"):
+            check_share(name, getattr(self, name))
+        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
+            check_positive(name, getattr(self, name))
+
+    def _check_heads(self, head_dim: int | None) -> None:
+        heads = self.num_attention_heads
+        self.head_dim = self.hidden_size // heads
+        if self.hidden_size % heads or self.head_dim % 4:
+            raise ValueError(
+                f"`hidden_size` must be `num_attention_heads` ({heads}) times a multiple of 4 (2D rotary positions),"
+                f" got {self.hidden_size}."
+            )
+        if head_dim not in (None, self.head_dim):
+            raise ValueError(
+                f"`head_dim` must be `hidden_size` / `num_attention_heads` ({self.head_dim}), got {head_dim}."
+            )
+        if heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_key_value_heads` must divide `num_attention_heads` ({heads}), got {self.num_key_value_heads}."
+            )
+
+    def _set_prediction_layers(self) -> None:
         if self.depth_mode == "parallel":
             self.prediction_layers = [self.num_hidden_layers - 1] * self.code_depth
-        else:
-            if self.prediction_layers is None:
-                self.prediction_layers = default_prediction_layers(self.num_hidden_layers, self.code_depth)
-            self._check_prediction_layers()
-
-        if self.id2label is not None and len(self.id2label) != self.num_classes:
-            raise ValueError(f"`id2label` must name all {self.num_classes} classes, got {len(self.id2label)} names.")
-        kwargs["num_labels"] = self.num_classes
-        super().__post_init__(**kwargs)
-
-    def _check_prediction_layers(self) -> None:
-        layers = self.prediction_layers = list(self.prediction_layers)
+            return
+        if self.prediction_layers is None:
+            self.prediction_layers = default_prediction_layers(self.num_hidden_layers, self.code_depth)
+        if not isinstance(self.prediction_layers, list | tuple):
+            raise ValueError(f"`prediction_layers` must be a list of layers, got {self.prediction_layers!r}.")
+        layers = [whole_number("prediction_layers", layer, minimum=None) for layer in self.prediction_layers]
         if len(layers) != self.code_depth:
             raise ValueError(f"`prediction_layers` must have `code_depth` ({self.code_depth}) entries, got {layers}.")
         increasing = layers == sorted(set(layers))
@@ -140,6 +186,23 @@ class DnDConfig(PreTrainedConfig):
             raise ValueError(
                 f"`prediction_layers` must be strictly increasing within [0, {self.num_hidden_layers}), got {layers}."
             )
+        self.prediction_layers = layers
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs) -> "DnDConfig":
+        """As in transformers; overrides are checked as the arguments of this class are.
+
+        `num_classes` or `num_labels` in `kwargs` replaces the stored classes with their names.
+        """
+        names = {field.name for field in fields(cls)}
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
+        stored = dict(config_dict)
+        if "num_labels" in kwargs or "num_classes" in overrides:
+            for name in ("num_classes", "id2label", "label2id"):
+                stored.pop(name, None)
+        if overrides.keys() & {"hidden_size", "num_attention_heads"}:
+            stored.pop("head_dim", None)
+        return super().from_dict({**stored, **overrides}, **kwargs)
 
     @property
     def has_null_class(self) -> bool:

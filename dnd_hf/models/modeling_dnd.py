@@ -12,12 +12,14 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 from transformers import PreTrainedModel, initialization
 from transformers.masking_utils import create_causal_mask
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 from transformers.utils import ModelOutput
+from transformers.utils.output_capturing import capture_outputs
 
 from ..generation.interface import ChooseCodes, Decoder, LayerStack
 from ..generation.mixin import ImageGenerationMixin
 from ..ops.linear_cross_entropy import head_cross_entropy
+from ..ops.tensor_checks import check_integers
 from .configuration_dnd import DnDConfig
 from .loading import LoadingMixin
 
@@ -31,11 +33,17 @@ class DnDOutput(ModelOutput):
         depth_losses: `(depth,)`, the same mean for each depth; given `labels`.
         logits: `(batch, height * width, depth, vocab_size)`; position i holds the prediction of grid cell i. None
             with `output_logits=False`.
+        hidden_states: with `output_hidden_states=True`, the input of the first layer and then the output of each layer
+            up to the last head, before the embedding of a code is added: `(batch, height * width, hidden_size)` each.
+        attentions: with `output_attentions=True`, the weights of each of these layers,
+            `(batch, num_attention_heads, height * width, height * width)`.
     """
 
     loss: Tensor | None = None
     depth_losses: Tensor | None = None
     logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class DropPath(nn.Module):
@@ -92,6 +100,7 @@ class DnDForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTrainedModel)
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _repeated_blocks = ["DnDDecoderLayer"]
+    _can_record_outputs = {"hidden_states": DnDDecoderLayer, "attentions": LlamaAttention}
 
     def __init__(self, config: DnDConfig):
         super().__init__(config)
@@ -119,12 +128,15 @@ class DnDForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTrainedModel)
         else:
             super()._init_weights(module)
 
+    @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
         class_labels: Tensor,
         codes: Tensor,
         labels: Tensor | None = None,
         output_logits: bool = True,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> DnDOutput | tuple[Tensor, ...]:
         """Predicts every code from the codes before it (teacher forcing).
@@ -136,21 +148,22 @@ class DnDForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTrainedModel)
             labels: the targets, same shape; -100 leaves a code out of the loss.
             output_logits: False computes the loss piece by piece ([`head_cross_entropy`]), so that the logits, the
                 largest tensors of a training step, are never held as a whole.
+            output_hidden_states, output_attentions, return_dict: as in transformers; attentions need
+                `set_attn_implementation("eager")`.
 
         Raises:
-            ValueError: shapes that do not fit each other or the configuration; neither labels nor logits asked for.
+            ValueError: types, shapes or ranges that do not fit each other or the configuration; neither labels nor
+                logits asked for. On a GPU a value out of its range is CUDA's device-side assertion instead, so that no
+                step waits for the device (see [`check_integers`]).
         """
         config = self.config
-        grid = (*config.grid_size, config.code_depth)
-        if codes.ndim != 4 or tuple(codes.shape[1:]) != grid:
-            raise ValueError(f"`codes` must be (batch, {', '.join(map(str, grid))}), got shape {tuple(codes.shape)}.")
-        if class_labels.shape != codes.shape[:1]:
-            raise ValueError(f"`class_labels` must be ({len(codes)},), got shape {tuple(class_labels.shape)}.")
-        if labels is not None and labels.shape != codes.shape:
-            raise ValueError(f"`labels` must have the shape of `codes`, got {tuple(labels.shape)}.")
+        self._check_inputs(class_labels, codes, labels)
         if labels is None and not output_logits:
             raise ValueError("`output_logits=False` without `labels` leaves nothing to compute.")
-
+        if output_attentions and config._attn_implementation != "eager":
+            raise ValueError(
+                '`output_attentions` needs `set_attn_implementation("eager")`: no other attention has its weights.'
+            )
         if self.training and config.has_null_class:
             dropped = torch.rand(class_labels.shape, device=class_labels.device) < config.class_dropout_prob
             class_labels = class_labels.masked_fill(dropped, config.num_classes)
@@ -172,8 +185,29 @@ class DnDForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTrainedModel)
             sums, counts = torch.stack(sums), (torch.stack(targets) != -100).sum(1)
             loss, depth_losses = sums.sum() / counts.sum(), sums / counts
         logits = torch.stack(logits, dim=2) if output_logits else None
-        output = DnDOutput(loss=loss, depth_losses=depth_losses, logits=logits)
-        return output.to_tuple() if return_dict is False else output
+        return DnDOutput(loss=loss, depth_losses=depth_losses, logits=logits)
+
+    def _check_inputs(self, class_labels: Tensor, codes: Tensor, labels: Tensor | None) -> None:
+        config = self.config
+        check_integers("class_labels", class_labels, config.num_classes + config.has_null_class)
+        check_integers("codes", codes, config.vocab_size)
+        grid = (*config.grid_size, config.code_depth)
+        if codes.ndim != 4 or tuple(codes.shape[1:]) != grid:
+            raise ValueError(f"`codes` must be (batch, {', '.join(map(str, grid))}), got shape {tuple(codes.shape)}.")
+        if class_labels.shape != codes.shape[:1]:
+            raise ValueError(f"`class_labels` must be ({len(codes)},), got shape {tuple(class_labels.shape)}.")
+        if labels is None:
+            return
+        check_integers("labels", labels, config.vocab_size, ignored=-100)
+        if labels.shape != codes.shape:
+            raise ValueError(f"`labels` must have the shape of `codes`, got {tuple(labels.shape)}.")
+
+    def resize_token_embeddings(self, *args, **kwargs) -> None:
+        """Refused: the vocabulary is the tokenizer's codebook, whose codes an image model cannot gain or lose."""
+        raise NotImplementedError(
+            "`resize_token_embeddings` does not apply: `vocab_size` is the size of the tokenizer's codebook, and a new"
+            " codebook needs a new model."
+        )
 
     def compile_repeated_blocks(self, *args, **kwargs) -> None:
         """Compiles the layers alone, once for all of them, for training and `generate` (on CUDA devices also with

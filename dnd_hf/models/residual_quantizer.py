@@ -5,8 +5,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.checks import check_finite
 from ..ops.nearest_codes import NearestCodes, nearest_codes_in_graph
+from ..ops.number_checks import check_share, whole_number
+from ..ops.tensor_checks import check_finite
 
 
 class ResidualQuantizer(nn.Module):
@@ -44,10 +45,8 @@ class ResidualQuantizer(nn.Module):
     ):
         super().__init__()
         for name, value in (("num_codes", num_codes), ("dim", dim), ("depth", depth)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        if not 0 <= decay < 1:
-            raise ValueError(f"`decay` must lie in [0, 1), got {decay}.")
+            whole_number(name, value)
+        check_share("decay", decay)
         if normalize_codes and depth > 1:
             raise ValueError(f"`depth` must be 1 with `normalize_codes` (residuals have no unit length), got {depth}.")
         self.num_codes, self.dim, self.depth, self.shared = num_codes, dim, depth, shared

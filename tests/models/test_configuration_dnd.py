@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel
@@ -128,3 +129,36 @@ def test_auto_classes_know_the_model(make_model, tmp_path):
     loaded = AutoModel.from_pretrained(tmp_path)
     assert type(loaded) is DnDForImageGeneration
     assert torch.equal(loaded.embed_tokens.weight, model.embed_tokens.weight)
+
+
+def test_num_labels_is_another_name_of_num_classes(make_config, tmp_path):
+    config = DnDConfig(num_labels=7)
+    assert config.num_classes == config.num_labels == len(config.id2label) == 7
+    assert DnDConfig(num_labels=7, num_classes=7).num_classes == 7
+    assert DnDConfig(id2label={0: "a", 1: "b"}).num_classes == 2
+    config = make_config(id2label={0: "a", 1: "b", 2: "c", 3: "d"})
+    config.save_pretrained(tmp_path)
+    for name in ("num_labels", "num_classes"):  # the names belong to the classes that are replaced
+        loaded = DnDConfig.from_pretrained(tmp_path, **{name: 7})
+        assert loaded.num_classes == loaded.num_labels == 7 and loaded.id2label[6] == "LABEL_6"
+    assert AutoConfig.from_pretrained(tmp_path, num_labels=4).num_classes == 4
+
+
+def test_overrides_of_a_stored_configuration_are_checked_as_arguments_are(make_config, tmp_path):
+    make_config().save_pretrained(tmp_path)
+    loaded = DnDConfig.from_pretrained(tmp_path, hidden_size=32, grid_size=5)
+    assert loaded.head_dim == 16 and loaded.grid_size == [5, 5]
+    with pytest.raises(ValueError, match="`mlp_dropout`"):
+        DnDConfig.from_pretrained(tmp_path, mlp_dropout=2.0)
+    with pytest.raises(ValueError, match="`code_depth`"):  # the stored prediction layers are two
+        DnDConfig.from_pretrained(tmp_path, code_depth=3)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(stored | {"rope_theta": float("nan")}))
+    with pytest.raises(ValueError, match="`rope_theta`"):
+        DnDConfig.from_pretrained(tmp_path)
+
+
+def test_integers_of_numpy_become_python_s(make_config):
+    config = make_config(code_depth=np.int64(2), grid_size=np.int32(4), prediction_layers=[np.int64(0), np.int64(2)])
+    assert config.grid_size == [4, 4] and config.prediction_layers == [0, 2]
+    assert DnDConfig.from_dict(json.loads(config.to_json_string())).to_dict() == config.to_dict()

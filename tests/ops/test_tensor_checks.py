@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dnd_hf.ops import checks
-from dnd_hf.ops.checks import check_finite, check_integers
+from dnd_hf.ops import tensor_checks
+from dnd_hf.ops.tensor_checks import check_finite, check_integers
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_the_ignored_value_passes_beside_the_range():
 
 
 def test_where_the_host_may_not_look_the_device_asserts_the_range(monkeypatch):
-    monkeypatch.setattr(checks, "can_look", lambda tensor: False)
+    monkeypatch.setattr(tensor_checks, "can_look", lambda tensor: False)
     with pytest.raises(RuntimeError, match=r"`codes` must lie in \[0, 5\)"):  # on a CPU, at once
         check_integers("codes", torch.tensor([5]), 5)
     with pytest.raises(ValueError, match=r"`codes` must lie in \[0, 5\), got 5 to 5"):
