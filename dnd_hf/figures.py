@@ -58,3 +58,39 @@ def plot_training_curves(metrics: Sequence[dict], path: str | Path) -> None:
         axes.set_title(name, fontsize=9)
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
+
+
+def plot_codes(codes: Sequence[dict], path: str | Path) -> None:
+    """Use and norms of the codes of each depth (arXiv 2410.01912, Figure 4).
+
+    `codes`: the dicts of `code_statistics`, with `depth`. Boxes are quartiles, whiskers 5 and 95 %, triangles means.
+    """
+    figure = import_figure()(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    depths = [row["depth"] for row in codes]
+    left.bar(depths, [100 * row["usage"] for row in codes])
+    left.set(xlabel="depth", ylabel="codes in use, %", xticks=depths, ylim=(0, 100))
+    names = ("whislo", "q1", "med", "q3", "whishi")
+    boxes = [dict(zip(names, row["norm_quantiles"]), mean=row["norm_mean"], fliers=[]) for row in codes]
+    right.bxp(boxes, positions=depths, showmeans=True, showfliers=False)
+    right.set(xlabel="depth", ylabel="norm of codes as they occur")
+    figure.savefig(path, dpi=100)
+
+
+def plot_curves(rows: Sequence[dict], series: str, metrics: Sequence[str], path: str | Path) -> None:
+    """A panel for each of `metrics` over the models in their order, a line for each value of `series`.
+
+    `rows` are dicts with `model`, `series` and the metrics; those that are None everywhere have no panel.
+    """
+    metrics = [name for name in metrics if any(row.get(name) is not None for row in rows)]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure = import_figure()(figsize=(4 * len(metrics), 3.5), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(metrics), squeeze=False).flat, metrics, strict=True):
+        for value in dict.fromkeys(row[series] for row in rows):
+            points = [(models.index(row["model"]), row[name]) for row in rows if row[series] == value]
+            axes.plot(*zip(*points), marker="o", label=f"{series} {value}")
+        axes.set_xticks(range(len(models)), [model[-24:] for model in models], rotation=30, ha="right", fontsize=8)
+        axes.set_title(name)
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=100)

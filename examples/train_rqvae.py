@@ -23,7 +23,7 @@ from transformers.hf_argparser import HfArg
 from dnd_hf import RQVAE
 from dnd_hf.arguments import RunArguments, parse_arguments
 from dnd_hf.data.images import as_size, check_stride, collate_images, to_images
-from dnd_hf.evaluation.reconstruction import code_perplexity
+from dnd_hf.evaluation.code_usage import code_perplexity
 from dnd_hf.models.autoencoder_rqvae import RQVAEOutput
 from dnd_hf.ops.perceptual_loss import PerceptualLoss
 from dnd_hf.training.discriminator import PatchDiscriminator

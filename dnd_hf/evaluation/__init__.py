@@ -1,1 +1,1 @@
-"""Evaluation: fidelity, reconstruction, use of the codebook, and text read back from pictures."""
+"""Evaluation: fidelity, reconstruction, use of the codebook, and text read back from images."""

@@ -1,4 +1,4 @@
-"""Distances between sets of pictures, from features of a network: FID, Inception Score, precision and recall."""
+"""Distances between sets of images, from features of a network: FID, Inception Score, precision and recall."""
 
 from typing import NamedTuple
 
@@ -8,11 +8,11 @@ from transformers import AutoImageProcessor, AutoModel
 
 
 NEIGHBOURS = 3
-"""Precision and recall look at the third nearest picture, as arXiv 1904.06991 and the ADM suite."""
+"""Precision and recall look at the third nearest image, as arXiv 1904.06991 and the ADM suite."""
 
 
 class Features(NamedTuple):
-    """What a feature extractor makes of n pictures: `features` (n, dim) and, of Inception, `logits` (n, 1008)."""
+    """What a feature extractor makes of n images: `features` (n, dim) and, of Inception, `logits` (n, 1008)."""
 
     features: Tensor
     logits: Tensor | None
@@ -28,7 +28,7 @@ class InceptionFeatures(nn.Module):
             None, torch-fidelity downloads it.
 
     Raises:
-        ImportError: torch-fidelity, or the torchvision it needs, can not be imported.
+        ImportError: torch-fidelity, or the torchvision it needs, cannot be imported.
         FileNotFoundError: there is no such file.
     """
 
@@ -41,7 +41,7 @@ class InceptionFeatures(nn.Module):
         except (ImportError, RuntimeError) as error:  # a torchvision built for another torch raises RuntimeError
             raise ImportError(
                 "Inception features need torch-fidelity and a torchvision that fits the installed torch:"
-                f' pip install "dnd-hf[fid]" ({error}). A --feature_model needs neither.'
+                f' pip install "dnd-hf[fid]" ({error}). A `feature_model` needs neither.'
             ) from error
         self.network = FeatureExtractorInceptionV3(
             self.name, ["2048", "logits_unbiased"], feature_extractor_weights_path=weights
@@ -61,7 +61,7 @@ class ModelFeatures(nn.Module):
         model: folder or Hub id of a model that `AutoModel` and `AutoImageProcessor` load.
 
     Raises:
-        ValueError: they can not load it.
+        ValueError: they cannot load it.
     """
 
     def __init__(self, model: str):
@@ -77,8 +77,8 @@ class ModelFeatures(nn.Module):
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Features:
         # Arrays, channels last: with tensors some processors do not know which axis is which.
-        pictures = list(images.permute(0, 2, 3, 1).cpu().numpy())
-        pixels = self.processor(images=pictures, input_data_format="channels_last", return_tensors="pt").pixel_values
+        arrays = list(images.permute(0, 2, 3, 1).cpu().numpy())
+        pixels = self.processor(images=arrays, input_data_format="channels_last", return_tensors="pt").pixel_values
         output = self.network(pixel_values=pixels.to(self.network.device))
         features = getattr(output, "pooler_output", None)
         if features is None:
@@ -107,9 +107,9 @@ class GaussianStatistics:
 
     @property
     def covariance(self) -> Tensor:
-        """(dim, dim) float64, on the CPU, divided by n - 1. Raises ValueError for fewer than two pictures."""
+        """(dim, dim) float64, on the CPU, divided by n - 1. Raises ValueError for fewer than two images."""
         if self.count < 2:
-            raise ValueError(f"a covariance needs at least two pictures, got {self.count}.")
+            raise ValueError(f"a covariance needs at least two images, got {self.count}.")
         return (self.products.cpu() - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
 
 
@@ -127,7 +127,7 @@ def frechet_distance(first: Statistics, second: Statistics) -> float:
     """`|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))` (FID, arXiv 1706.08500, Equation 6), at least 0.
 
     Raises:
-        ValueError: the features have different sizes, or one side has fewer than two pictures.
+        ValueError: the features have different sizes, or one side has fewer than two images.
     """
     if first.mean.shape != second.mean.shape:
         raise ValueError(
@@ -147,13 +147,13 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
 
     Args:
         logits: (n, classes), n at least `splits`.
-        splits: parts of about n / splits pictures; p(y) is that of the part. ADM has 10 of 5,000.
+        splits: parts of about n / splits images; p(y) is that of the part. ADM has 10 of 5,000.
 
     Raises:
-        ValueError: fewer pictures than splits.
+        ValueError: fewer images than splits.
     """
     if len(logits) < splits:
-        raise ValueError(f"an Inception Score of {splits} parts needs as many pictures, got {len(logits)}.")
+        raise ValueError(f"an Inception Score of {splits} parts needs as many images, got {len(logits)}.")
     scores = []
     for part in logits.double().log_softmax(1).tensor_split(splits):
         marginal = part.exp().mean(0, keepdim=True)
@@ -163,20 +163,20 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
 
 
 def precision_recall(real: Tensor, generated: Tensor, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
-    """Improved precision and recall (arXiv 1904.06991): shares of generated (real) pictures among real (generated).
+    """Improved precision and recall (arXiv 1904.06991): shares of generated (real) images among real (generated).
 
-    A picture is among others if it is no farther from one of them than that one's third nearest other.
+    An image is among others if it is no farther from one of them than that one's third nearest other.
 
     Args:
         real, generated: features (n, dim) and (m, dim), on the device where distances are to be computed.
         neighbours: k of the k-th nearest.
 
     Raises:
-        ValueError: a side has no more than `neighbours` pictures.
+        ValueError: a side has no more than `neighbours` images.
     """
     if min(len(real), len(generated)) <= neighbours:
         raise ValueError(
-            f"precision and recall need more than {neighbours} pictures, got {len(real)} real and {len(generated)}."
+            f"precision and recall need more than {neighbours} images, got {len(real)} real and {len(generated)}."
         )
     center = real.mean(0)  # distances between nearer numbers lose less to rounding
     real, generated = real - center, generated - center

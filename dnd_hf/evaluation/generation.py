@@ -1,23 +1,24 @@
-"""Samples for evaluation, each from its own label and seed, over any number of processes, and how good they are."""
+"""How good generated images are: FID, Inception Score, precision and recall, and the guidance that gives the best."""
 
-import hashlib
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
-from dnd_hf.files import keep_settings, written_whole
-from dnd_hf.pipelines.pipeline_dnd import DnDPipeline
-
+from ..figures import save_image_grid
+from ..files import write_json
+from ..generation.guidance import GUIDANCE_SCHEDULES
+from ..pipelines.pipeline_dnd import DnDPipeline
 from .features import (
+    NEIGHBOURS,
     Features,
     GaussianStatistics,
     KnownStatistics,
@@ -26,105 +27,173 @@ from .features import (
     inception_score,
     precision_recall,
 )
-from .images import Failure, read_batches, to_levels
+from .images import Failure, SampleImages, read_batches, to_levels
+from .options import FeatureOptions, SamplesOptions, check_ranges, option
+from .reports import Report
+from .sampling import check_balance, sample_images, write_npz
 
 
-def fingerprint(pipeline: DnDPipeline) -> str:
-    """A hash of the names and the byte sums of all weights: another checkpoint has another one."""
-    digest = hashlib.sha256()
-    for model in (pipeline.transformer, pipeline.vqvae):
-        for name, tensor in sorted(model.state_dict().items()):
-            total = tensor.contiguous().reshape(-1).view(torch.uint8).sum(dtype=torch.int64)
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{total.item()}".encode())
-    return digest.hexdigest()
+@dataclass
+class GenerationOptions(SamplesOptions, FeatureOptions):
+    """Options of the task."""
+
+    reference: str | None = option(
+        None, "Reference batch of the ADM suite (.npz) for generation, in the place of --dataset_name."
+    )
+    npz: bool = option(True, "Also write the generated images as the .npz that the ADM suite takes.")
+    search_scales: list[float] = option(
+        [], "Guidance scales to try before; the samples then have the one of the lowest FID."
+    )
+    search_schedules: list[str] = option(["constant"], "Guidance schedules to try.")
+    search_powers: list[float] = option([2.75], "Powers of power-cosine to try.")
+    num_search_images: int = option(5000, "Images of each setting tried.")
 
 
-def check_balance(pipeline: DnDPipeline, num_images: int) -> int:
-    """The number of classes; ValueError unless `num_images` can be divided equally among them."""
-    num_classes = pipeline.transformer.config.num_classes
-    if num_images < 1 or num_images % num_classes:
-        raise ValueError(
-            f"{num_images} pictures can not be divided equally among {num_classes} classes; choose a multiple, such as"
-            f" {max(1, round(num_images / num_classes)) * num_classes}."
+def check(options: GenerationOptions) -> None:
+    """Fills in the task's defaults. Raises ValueError for options that cannot work, before anything is loaded."""
+    options.check_task("generation")
+    options.check_real_images()
+    options.check_samples(default_num_images=50_000)
+    if (options.dataset_name is None) == (options.reference is None):
+        raise ValueError("either `dataset_name` or `reference` is needed: the real images.")
+    if options.search_scales and len(options.model) != 1:
+        raise ValueError(f"`search_scales` goes with one `model`, got {len(options.model)}.")
+    if not set(options.search_schedules) <= set(GUIDANCE_SCHEDULES):
+        raise ValueError(f"`search_schedules` must be of {', '.join(GUIDANCE_SCHEDULES)}.")
+    if min([*options.search_scales, 0]) < 0:
+        raise ValueError(f"`search_scales` must not be negative, got {options.search_scales}.")
+    if min(options.search_powers) <= 0:
+        raise ValueError(f"`search_powers` must be positive, got {options.search_powers}.")
+    options.check_sampling()
+    check_ranges(options, least={"num_search_images": 1})
+
+
+def run(options: GenerationOptions) -> Report:
+    """The metrics of `samples` and of what each `model` generates; all processes generate, the main one measures.
+
+    With `search_scales` the guidance is chosen first. Beside the results there are the images, grids of the first ones,
+    .npz files, and presets.json of a search.
+    """
+    main_process, report = options.state.is_main_process, Report()
+    samples, pipelines = options.open_samples(), options.load_pipelines()
+    if options.search_scales:
+        check_balance(next(iter(pipelines.values())), options.num_search_images)
+    measure = _Measurement(options, pipelines, samples, report) if main_process else None
+    sampling = options.sampling
+    if options.search_scales:
+        sampling |= search_guidance(options, next(iter(pipelines.items())), measure, report)
+    for name, pipeline in pipelines.items():
+        files = options.sample(name, pipeline, sampling)
+        samples[name] = SampleImages(files[0].parent, len(files))
+        if main_process:
+            grid = options.sample_path(name, ".png")
+            save_first_images(files[:64], grid)
+            report.images[str(grid.relative_to(options.folder))] = f"{name}: the first samples"
+            if options.npz:
+                write_npz(files, options.sample_path(name, ".npz"))
+    if measure:
+        report.rows = [measure(name, dataset) for name, dataset in samples.items()]
+    report.details["sampling"] = sampling
+    return report
+
+
+def search_guidance(
+    options: GenerationOptions,
+    named_pipeline: tuple[str, DnDPipeline],
+    measure: Callable[[str, Dataset], dict] | None,
+    report: Report,
+) -> dict[str, Any]:
+    """The guidance of the lowest FID among those to try, as options of the pipeline's call; the same in every process.
+
+    `measure` is that of the main process, None in others. Each setting leaves its images and a grid under `search/`.
+    """
+    name, pipeline = named_pipeline
+    rows, folder = [], options.folder / "search"
+    for setting in guidance_settings(options.search_scales, options.search_schedules, options.search_powers):
+        key = _file_name(setting)
+        files = sample_images(
+            pipeline,
+            folder / key,
+            options.num_search_images,
+            options.seed,
+            options.batch_size,
+            {**options.sampling, **setting},
         )
-    return num_classes
+        if measure:
+            rows.append({**setting, **measure(f"{name} {key}", SampleImages(files[0].parent, len(files)))})
+            save_first_images(files[:16], folder / f"{key}.png")
+    presets = choose_presets(rows) if measure else None
+    if presets:
+        report.details |= {"search": rows, "presets": presets}
+        write_json(options.folder / "presets.json", presets)
+        for kind, preset in presets.items():
+            report.images[f"search/{_file_name(preset)}.png"] = f"The preset `{kind}`: {preset}"
+    (best,) = broadcast_object_list([presets["fid"] if presets else None])
+    return best
 
 
-def sample_images(
-    pipeline: DnDPipeline,
-    folder: str | Path,
-    num_images: int,
-    seed: int = 0,
-    batch_size: int = 32,
-    sampling: Mapping[str, object] | None = None,
-) -> list[Path]:
-    """Makes `000000.png`, `000001.png`, ... in a folder, where they are not there already.
+def _file_name(setting: Mapping[str, Any]) -> str:
+    return "-".join(str(value) for value in setting.values())
 
-    Picture i has label `i % num_classes` and a CPU generator of its own, seeded `seed + i`, so it depends neither on
-    the batch nor on the number of processes. Every process of `accelerate launch` calls this and makes its share; all
-    return when all have finished. A stopped run goes on where it was; more pictures can be added later.
 
-    Args:
-        pipeline: on the device of this process.
-        folder: of the pictures and `sampling.json`, which says how they were made.
-        num_images: a multiple of the number of classes, so that labels are balanced exactly.
-        seed: non-negative; seeds that differ by less than `num_images` share pictures' seeds.
-        batch_size: pictures at once in each process, at least 1.
-        sampling: options of the pipeline's call, such as `guidance_scale`; what it leaves out is the checkpoint's own.
+def save_first_images(files: Sequence[str | Path], path: str | Path) -> None:
+    """Writes the images of some files, of one size, as a grid of eight columns."""
+    save_image_grid([Image.open(file).convert("RGB") for file in files], 8, path)
 
-    Returns:
-        The files, in order.
 
-    Raises:
-        ValueError: an argument out of its range; or the folder holds samples made otherwise.
+class _Measurement:
+    """Measures samples against the real images that the options name, whose features it computes first.
+
+    Call with a name and a dataset of samples; returns the row of results. Broken images go to the report.
     """
-    state = PartialState()
-    num_classes = check_balance(pipeline, num_images)
-    if seed < 0 or batch_size < 1:
-        raise ValueError(f"the seed must not be negative and the batch size be positive, got {seed} and {batch_size}.")
-    sampling, folder = dict(sampling or {}), Path(folder)
-    settings = {
-        "weights": fingerprint(pipeline),
-        "dtype": str(pipeline.transformer.dtype),
-        "seed": seed,
-        "sampling": sampling,
-        "checkpoint_sampling": pipeline.transformer.generation_config.to_diff_dict(),
-    }
-    settings["checkpoint_sampling"].pop("transformers_version", None)
-    settings_file = folder / "sampling.json"
-    with state.main_process_first():
-        if state.is_main_process or settings_file.exists():
-            keep_settings(settings_file, settings, "samples of other settings")
 
-    files = [folder / f"{i:06d}.png" for i in range(num_images)]
-    mine = [i for i in range(state.process_index, num_images, state.num_processes) if not files[i].exists()]
-    with tqdm(total=len(mine), desc="Sampling", unit=" pictures", disable=not state.is_main_process) as progress:
-        for start in range(0, len(mine), batch_size):
-            batch = mine[start : start + batch_size]
-            generators = [torch.Generator().manual_seed(seed + i) for i in batch]
-            images = pipeline([i % num_classes for i in batch], generator=generators, **sampling).images
-            for i, image in zip(batch, images, strict=True):
-                with written_whole(files[i]) as unfinished:
-                    image.save(unfinished, format="PNG")
-            progress.update(len(batch))
-    state.wait_for_everyone()
-    return files
+    def __init__(
+        self,
+        options: GenerationOptions,
+        pipelines: Mapping[str, DnDPipeline],
+        samples: Mapping[str, SampleImages],
+        report: Report,
+    ):
+        self.options, self.report = options, report
+        self.extractor = options.load_feature_extractor()
+        self.statistics: Statistics | None = None
+        dataset: Dataset | None = None
+        if options.reference:
+            if options.feature_model is None:
+                self.statistics = read_reference_statistics(options.reference)
+            try:
+                dataset = SampleImages(options.reference)
+            except ValueError:  # a reference of statistics without images does for FID, not for a search
+                if self.statistics is None or options.search_scales:
+                    raise
+        else:
+            dataset = options.load_dataset(options.size_beside(pipelines, samples))
+        self.reference = self.extract("real", dataset) if dataset else None
+        if self.reference and len(self.reference.features) <= NEIGHBOURS:
+            raise ValueError(
+                f"precision and recall need more than {NEIGHBOURS} real images, got {len(self.reference.features)}."
+            )
+        if self.statistics is None and self.reference:
+            self.statistics = gaussian(self.reference.features)
+        num_real_images = len(self.reference.features) if self.reference else None
+        report.details |= {"features": self.extractor.name, "num_real_images": num_real_images}
 
+    def extract(self, name: str, dataset: Dataset) -> Features:
+        """The features of images; broken ones go to the report."""
+        options = self.options
+        failures: list[Failure] = []
+        features = extract_features(
+            self.extractor, dataset, options.batch_size, failures, options.num_workers, options.run_device
+        )
+        self.report.add_failures(name, failures)
+        return features
 
-def write_npz(files: Sequence[str | Path], path: str | Path) -> None:
-    """Writes pictures of one size as `arr_0`, uint8 (n, H, W, 3): the format of the ADM evaluation suite.
-
-    One picture is in memory at a time. Raises ValueError for pictures of different sizes.
-    """
-    width, height = Image.open(files[0]).size
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), height, width, 3)}
-    with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as array:
-        np.lib.format.write_array_header_1_0(array, header)
-        for file in files:
-            pixels = np.asarray(Image.open(file).convert("RGB"))
-            if pixels.shape != (height, width, 3):
-                raise ValueError(f"{file} is of {pixels.shape[1::-1]} pixels, {files[0]} of {(width, height)}.")
-            array.write(pixels.tobytes())
+    def __call__(self, name: str, dataset: Dataset) -> dict:
+        features = self.extract(name, dataset)
+        return {
+            "model": name,
+            **measure_samples(features, self.reference, self.statistics, self.options.run_device),
+        }
 
 
 def extract_features(
@@ -135,7 +204,7 @@ def extract_features(
     num_workers: int = 0,
     device: str | torch.device = "cpu",
 ) -> Features:
-    """Features (and logits, where there are any) of all pictures, float32 on the CPU; broken ones go to `failures`."""
+    """Features (and logits, where there are any) of all images, float32 on the CPU; broken ones go to `failures`."""
     batches = [
         extractor(to_levels(images).to(device))
         for _, images, _ in read_batches(dataset, batch_size, failures, num_workers, "Features")
@@ -168,7 +237,7 @@ def measure_samples(
     """FID, Inception Score, precision and recall of samples.
 
     Args:
-        samples: of the generated pictures.
+        samples: of the generated images.
         reference: of the real ones; without them there is no precision and recall.
         statistics: of the real ones, for FID; those of `reference` where None.
         device: where distances are computed.
@@ -178,11 +247,11 @@ def measure_samples(
         `precision`, `recall` (None without `reference`); `num_images`.
 
     Raises:
-        ValueError: neither `reference` nor `statistics`, too few pictures, or features of different networks.
+        ValueError: neither `reference` nor `statistics`, too few images, or features of different networks.
     """
     if statistics is None:
         if reference is None:
-            raise ValueError("FID needs features or statistics of real pictures.")
+            raise ValueError("FID needs features or statistics of real images.")
         statistics = gaussian(reference.features)
     score, deviation = (None, None) if samples.logits is None else inception_score(samples.logits)
     precision, recall = None, None
@@ -219,7 +288,7 @@ def choose_presets(rows: Sequence[dict]) -> dict[str, dict]:
         rows: dicts with `fid`, `precision` and the options of [`guidance_settings`].
 
     Returns:
-        `fid`: the options with the lowest FID. `visual`: those with the highest precision (the share of pictures that
+        `fid`: the options with the lowest FID. `visual`: those with the highest precision (the share of images that
         look like real ones), the lower FID where several share it; guidance beyond the best FID trades variety for it.
     """
     best = {

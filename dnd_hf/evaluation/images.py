@@ -1,4 +1,4 @@
-"""Pictures to measure, batch by batch: of a data set, or samples in a folder or an .npz; broken ones are listed."""
+"""Images to measure, batch by batch: of a data set, or samples in a folder or an .npz; broken ones are listed."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from dnd_hf.data.images import BrokenImageError, collate_images, to_pixels
+from ..data.images import BrokenImageError, collate_images, to_pixels
 
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -20,7 +20,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 @dataclass
 class Failure:
-    """A picture that a measurement leaves out: its index in the data set, what failed (`stage`), and why."""
+    """An image that a measurement leaves out: its index in the data set, what failed (`stage`), and why."""
 
     index: int
     stage: str
@@ -31,7 +31,7 @@ class Failure:
 
 
 class SampleImages(Dataset):
-    """Pictures that some model has made: a folder of them, subfolders too, in order of their paths, or an `.npz`.
+    """Images that some model has made: a folder of them, subfolders too, in order of their paths, or an `.npz`.
 
     Items are `{"pixel_values": (3, H, W) float32 in [-1, 1], "label": 0}`, as those of an `ImageDataset`.
 
@@ -41,7 +41,7 @@ class SampleImages(Dataset):
 
     Raises:
         ValueError: there are none, or fewer than `num_images`; the `.npz` holds something else.
-        BrokenImageError: (while reading) a picture can not be decoded, or has not the size of the first one.
+        BrokenImageError: (while reading) an image cannot be decoded, or has not the size of the first one.
     """
 
     def __init__(self, path: str | Path, num_images: int | None = None):
@@ -54,9 +54,9 @@ class SampleImages(Dataset):
         elif path.is_dir():
             self.images = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
         else:
-            raise ValueError(f"{path} is neither a folder of pictures nor an .npz file.")
+            raise ValueError(f"{path} is neither a folder of images nor an .npz file.")
         if len(self.images) < (num_images or 1):
-            raise ValueError(f"{path} has {len(self.images)} pictures; there must be at least {num_images or 1}.")
+            raise ValueError(f"{path} has {len(self.images)} images; there must be at least {num_images or 1}.")
         self.images = self.images[:num_images]
         self.size = self._first_size()
 
@@ -104,14 +104,14 @@ class _OrReason(Dataset):
 def read_batches(
     dataset: Dataset, batch_size: int, failures: list[Failure], num_workers: int = 0, description: str | None = None
 ) -> Iterator[tuple[list[int], Tensor, list[int]]]:
-    """Indices, pictures `(n, 3, H, W)` in [-1, 1] and labels of each batch; broken pictures go to `failures`.
+    """Indices, images `(n, 3, H, W)` in [-1, 1] and labels of each batch; broken images go to `failures`.
 
     Raises:
-        ValueError: (after the last one) every picture is broken.
+        ValueError: (after the last one) every image is broken.
     """
     read = 0
     loader = DataLoader(_OrReason(dataset), batch_size, num_workers=num_workers, collate_fn=list)
-    with tqdm(total=len(dataset), desc=description, unit=" pictures") as progress:
+    with tqdm(total=len(dataset), desc=description, unit=" images") as progress:
         for items in loader:
             failures += [Failure(index, "open", item) for index, item in items if isinstance(item, str)]
             items = [(index, item) for index, item in items if not isinstance(item, str)]
@@ -121,9 +121,9 @@ def read_batches(
             read += len(items)
             progress.update(len(items))
     if not read:
-        raise ValueError(f"none of {len(dataset)} pictures can be read; for example, {failures[-1].reason}")
+        raise ValueError(f"none of {len(dataset)} images can be read; for example, {failures[-1].reason}")
 
 
 def to_levels(pixels: Tensor) -> Tensor:
-    """`(n, 3, H, W)` floats, clamped to [-1, 1], as uint8: what a file of these pictures holds."""
+    """`(n, 3, H, W)` floats, clamped to [-1, 1], as uint8: what a file of these images holds."""
     return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Reading pictures back: the one interface every OCR engine has here, three engines, the measures of their texts."""
+"""Reading the text in images: the one interface that every OCR engine has here, and three engines."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -11,28 +11,31 @@ from PIL import Image
 
 
 OCR_PROMPT = "Read all the text in the image, in reading order. Answer with that text alone."
-"""What an image-text-to-text model is asked by default; the paper does not state the prompt it gives Qwen2-VL."""
+"""What an image-text-to-text model is asked by default."""
+
+MAX_NEW_TOKENS = 1024
+"""Length at which the answer of such a model is cut off, here and in the official code of rOCR."""
 
 
 class OCREngine(Protocol):
-    """Anything that turns RGB pictures into their texts: one string a picture, in order, "" where nothing is read."""
+    """Anything that turns RGB images into their texts: one string for each, in order, "" where nothing is read."""
 
     def __call__(self, images: Sequence[Image.Image]) -> list[str]: ...
 
 
 class RapidOCR:
-    """Reads pictures with PP-OCRv4, run by `rapidocr-onnxruntime`; its weights come in the package.
+    """Reads images with PP-OCRv4, run by `rapidocr-onnxruntime`; its weights come in the package.
 
-    By default only the recogniser runs: the whole picture is taken for one line, so nothing is detected or turned.
+    By default only the recogniser runs: the whole image is taken for one line, so nothing is detected or turned.
     With `detect_lines` the lines of a page are found first and joined by [`join_lines`]; lines that the engine is less
-    than half sure of are left out, as the package does by itself. Pictures are read one by one: a text never depends
-    on the pictures around it.
+    than half sure of are left out, as the package does by itself. Images are read one by one: a text never depends
+    on the images around it.
 
     Args:
         num_threads: CPU threads of each network, at least 1. A line is too small a job to gain from many.
         detect_lines: read pages instead of single lines.
 
-    Call with a sequence of RGB pictures (other modes are converted), at least 30 pixels high and wide, or they are
+    Call with a sequence of RGB images (other modes are converted), at least 30 pixels high and wide, or they are
     enlarged first; returns a list of as many strings, "" where nothing is read.
 
     Raises:
@@ -64,7 +67,7 @@ class RapidOCR:
 
 
 def join_lines(boxes: ArrayLike, texts: Sequence[str]) -> str:
-    """Pieces of text in reading order: rows from top to bottom, one a line; in a row from left to right, by a space.
+    """Pieces of text in reading order: rows from top to bottom, one per line; in a row from left to right, by a space.
 
     A piece belongs to a row if its middle is above the lower edge of the row's highest piece. Columns of a page are
     not told apart.
@@ -121,25 +124,30 @@ class Tesseract:
 
 
 class ImageTextToTextOCR:
-    """Asks any image-text-to-text model of transformers for the text, greedily; the paper's is Qwen2-VL.
+    """Asks any image-text-to-text model of transformers for the text, greedily, such as the paper's Qwen2-VL.
 
     Args:
         model: folder or Hub id.
-        prompt: what the model is asked beside the picture.
-        device: where it runs.
+        prompt: what the model is asked, after the image.
+        device: where it runs; "auto" spreads it over all GPUs, for models that do not fit one.
         max_new_tokens: length at which an answer is cut off.
 
-    Call it as any [`OCREngine`]. Pictures are read one by one: a text never depends on the pictures around it.
+    Call it as any [`OCREngine`]. Images are read one by one: a text never depends on the images around it.
 
     Raises:
-        ValueError: transformers can not load such a model under this name.
+        ValueError: transformers cannot load such a model under this name.
     """
 
     def __init__(
-        self, model: str, prompt: str = OCR_PROMPT, device: str | torch.device = "cpu", max_new_tokens: int = 1024
+        self,
+        model: str,
+        prompt: str = OCR_PROMPT,
+        device: str | torch.device = "cpu",
+        max_new_tokens: int = MAX_NEW_TOKENS,
     ):
+        place = {"device_map": "auto"} if device == "auto" else {"device": device}
         try:
-            self._pipeline = transformers.pipeline("image-text-to-text", model=model, device=device)
+            self._pipeline = transformers.pipeline("image-text-to-text", model=model, **place)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(
                 f"{model!r} is no OCR engine of this package ({', '.join(OCR_ENGINES)}) and no image-text-to-text"
@@ -166,90 +174,27 @@ OCR_ENGINES = ("rapidocr", "rapidocr-line", "tesseract")
 
 def load_ocr_engine(
     name: str,
-    prompt: str = OCR_PROMPT,
+    prompt: str | None = None,
     language: str = "eng",
     device: str | torch.device = "cpu",
     num_threads: int = 1,
 ) -> OCREngine:
     """`rapidocr` (pages), `rapidocr-line` (single lines), `tesseract`, or the image-text-to-text model `name`.
 
-    `prompt` and `device` are for such a model, `language` for Tesseract, `num_threads` for rapidocr. Raises what the
-    engines raise.
+    `prompt` (default: `OCR_PROMPT`) and `device` are for such a model, `language` for Tesseract,
+    `num_threads` for rapidocr. Raises what the engines raise.
     """
     if name in ("rapidocr", "rapidocr-line"):
         return RapidOCR(num_threads, detect_lines=name == "rapidocr")
     if name == "tesseract":
         return Tesseract(language)
-    return ImageTextToTextOCR(name, prompt, device)
+    return ImageTextToTextOCR(name, prompt or OCR_PROMPT, device)
 
 
 def try_to_read(engine: OCREngine, image: Image.Image) -> tuple[str | None, str | None]:
-    """The text with all whitespace, line breaks too, as single spaces, and None; or None and why it can not be read."""
+    """The text with all whitespace, line breaks too, as single spaces, and None; or None and why it cannot be read."""
     try:
         (text,) = engine([image])
-    except Exception as error:  # engines raise whatever a picture leads them to; a long evaluation goes on
+    except Exception as error:  # engines raise whatever an image leads them to; a long evaluation continues
         return None, f"{type(error).__name__}: {error}"
     return " ".join(text.split()), None
-
-
-def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Share of texts that are read exactly, case and all; only whitespace around a text is forgiven.
-
-    Args:
-        predictions, references: texts in the same order, as many of one as of the other, at least one.
-
-    Returns:
-        Share in [0, 1] of pairs that are equal.
-
-    Raises:
-        ValueError: the lengths differ or are 0.
-    """
-    if len(predictions) != len(references) or not references:
-        raise ValueError(
-            f"there are {len(predictions)} predictions and {len(references)} references; "
-            "there must be as many of one as of the other, and at least one"
-        )
-    equal = sum(a.strip() == b.strip() for a, b in zip(predictions, references, strict=True))
-    return equal / len(references)
-
-
-def compare_texts(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """How well texts agree with what they should be.
-
-    Args:
-        predictions, references: texts in the same order, as many of one as of the other, at least one; no reference
-            may be empty.
-
-    Returns:
-        `rouge_l`: mean over texts of the F-measure of Rouge-L (`rouge-score`, no stemming), in [0, 1]: the paper's
-        rOCR. It sees runs of Latin letters and digits alone, without case. `cer`, `wer`: character and word errors
-        (`jiwer`) of all texts together, over the length of the references, case and all; above 1 where too much is
-        read. `exact_match`: see [`exact_match`].
-
-    Raises:
-        ImportError: `rouge-score` or `jiwer` is not installed.
-        ValueError: the lengths differ or are 0, or a reference is empty.
-    """
-    exact = exact_match(predictions, references)
-    if not all(reference.strip() for reference in references):
-        raise ValueError("a reference is empty; errors in proportion to its length are not defined")
-    jiwer, rouge_scorer = import_text_measures()
-    scorer = rouge_scorer.RougeScorer(["rougeL"])
-    rouge = [scorer.score(b, a)["rougeL"].fmeasure for a, b in zip(predictions, references, strict=True)]
-    predictions, references = list(predictions), list(references)
-    return {
-        "rouge_l": float(np.mean(rouge)),
-        "cer": jiwer.cer(references, predictions),
-        "wer": jiwer.wer(references, predictions),
-        "exact_match": exact,
-    }
-
-
-def import_text_measures() -> tuple:
-    """The modules `jiwer` and `rouge_score.rouge_scorer`; ImportError, saying what to install, without them."""
-    try:
-        import jiwer
-        from rouge_score import rouge_scorer
-    except ImportError as error:
-        raise ImportError('comparing texts needs rouge-score and jiwer: pip install "dnd-hf[eval]"') from error
-    return jiwer, rouge_scorer

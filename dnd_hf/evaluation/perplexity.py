@@ -1,20 +1,13 @@
-"""PPL_OCR: how likely a language model finds the text that is read from pictures (arXiv 2410.01912, Section 4.4)."""
+"""How likely a language model finds a text: the perplexity of texts, and the same texts in another order."""
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from dnd_hf.data.images import to_images
-
-from .images import Failure, read_batches
-from .ocr import OCREngine, try_to_read
 
 
 class TextScore(NamedTuple):
@@ -38,7 +31,7 @@ class LanguageModel:
     Call with one text; returns its [`TextScore`], with 0 tokens for a text too short to score.
 
     Raises:
-        ValueError: transformers can not load such a model; `max_length` below 2.
+        ValueError: transformers cannot load such a model; `max_length` below 2.
     """
 
     def __init__(self, model: str, device: str | torch.device = "cpu", max_length: int = 2048):
@@ -78,56 +71,3 @@ def shuffle_words(text: str, seed: int) -> str:
     words = text.split()
     random.Random(seed).shuffle(words)
     return " ".join(words)
-
-
-def evaluate_ppl_ocr(
-    dataset: Dataset,
-    engine: OCREngine,
-    language_model: Callable[[str], TextScore],
-    seed: int = 0,
-    batch_size: int = 16,
-    num_workers: int = 0,
-) -> dict:
-    """Reads pictures and scores their texts, and as a control the same texts with their words shuffled.
-
-    Args:
-        dataset: items as of an `ImageDataset`.
-        engine: reads the pictures.
-        language_model: a [`LanguageModel`], or any function from a text to its [`TextScore`].
-        seed: of the shuffling.
-        batch_size: pictures read from `dataset` at once, at least 1.
-        num_workers: processes that read the data set.
-
-    Returns:
-        `num_images` whose text is scored; `ppl_ocr` and `shuffled_ppl_ocr` ([`perplexity`]), None where that is 0;
-        `num_tokens`, those of `ppl_ocr`; `texts`, a dict a picture: `index`, `text`, `nll`, `num_tokens`; `failures`, a
-        list of `Failure`: the pictures that are broken, that the engine failed at, or without readable text. They have
-        no part in the figures.
-
-    Raises:
-        ValueError: every picture is broken.
-    """
-    texts, scores, shuffled, failures = [], [], [], []
-    for indices, images, _ in read_batches(dataset, batch_size, failures, num_workers, "OCR"):
-        for index, image in zip(indices, to_images(images), strict=True):
-            text, reason = try_to_read(engine, image)
-            if text:
-                texts.append({"index": index, "text": text})
-            else:
-                failures.append(Failure(index, "OCR", reason or "there is no readable text"))
-    for text in tqdm(texts, desc="Perplexity", unit=" texts"):
-        score = language_model(text["text"])
-        text |= score._asdict()
-        if score.num_tokens:
-            scores.append(score)
-            shuffled.append(language_model(shuffle_words(text["text"], seed + text["index"])))
-        else:
-            failures.append(Failure(text["index"], "perplexity", f"the text {text['text']!r} is too short"))
-    return {
-        "num_images": len(scores),
-        "num_tokens": sum(score.num_tokens for score in scores),
-        "ppl_ocr": perplexity(scores) if scores else None,
-        "shuffled_ppl_ocr": perplexity(shuffled) if scores else None,
-        "texts": texts,
-        "failures": failures,
-    }

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
+from types import SimpleNamespace
 
 import torch
 from transformers import GenerationConfig
@@ -94,6 +95,12 @@ class SamplingSettings:
             top_k=tuple(map(int, top_k)),
             top_p=top_p,
         )
+
+    @staticmethod
+    def check(**arguments) -> None:
+        """Raises the ValueError of [`resolve`] for arguments that no model takes, where none is loaded yet."""
+        any_model = SimpleNamespace(code_depth=1, has_null_class=True)
+        SamplingSettings.resolve(any_model, GenerationConfig(), **arguments)
 
 
 def per_depth(name: str, value, depth: int, allowed: str, check: Callable[[float], bool]) -> tuple[float, ...]:

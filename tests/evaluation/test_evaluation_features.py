@@ -50,16 +50,16 @@ def test_frechet_distance_of_known_gaussians():
 
 def test_frechet_distance_of_singular_covariances_is_finite_and_symmetric():
     rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(5, 12)), rng.normal(size=(6, 12)) + 1  # fewer pictures than dimensions
+    a, b = rng.normal(size=(5, 12)), rng.normal(size=(6, 12)) + 1  # fewer images than dimensions
     forth, back = (frechet_distance(statistics_of(x), statistics_of(y)) for x, y in ((a, b), (b, a)))
     assert forth == pytest.approx(back, rel=1e-6) and forth > 0
     assert frechet_distance(statistics_of(a), statistics_of(a)) == pytest.approx(0, abs=1e-6)
 
 
-def test_statistics_that_can_not_be_compared_are_refused():
+def test_statistics_that_cannot_be_compared_are_refused():
     with pytest.raises(ValueError, match="3 and 2 dimensions"):
         frechet_distance(statistics_of(np.zeros((4, 3))), statistics_of(np.zeros((4, 2))))
-    with pytest.raises(ValueError, match="at least two pictures"):
+    with pytest.raises(ValueError, match="at least two images"):
         frechet_distance(statistics_of(np.zeros((1, 3))), statistics_of(np.zeros((4, 3))))
 
 
@@ -77,7 +77,7 @@ def test_inception_score_is_that_of_scipys_relative_entropies():
     for part in np.array_split(special.softmax(logits, axis=1), 3):
         scores.append(np.exp(np.mean([stats.entropy(row, part.mean(0)) for row in part])))
     assert inception_score(torch.from_numpy(logits), 3) == pytest.approx((np.mean(scores), np.std(scores)))
-    with pytest.raises(ValueError, match="as many pictures, got 9"):
+    with pytest.raises(ValueError, match="as many images, got 9"):
         inception_score(torch.zeros(9, 2))
 
 
@@ -104,8 +104,8 @@ def test_precision_and_recall_are_those_of_scipys_trees(seed):
     assert min(found) > 0.2 and max(found) < 0.99
 
 
-def test_precision_and_recall_need_more_pictures_than_neighbours():
-    with pytest.raises(ValueError, match="more than 3 pictures, got 10 real and 3"):
+def test_precision_and_recall_need_more_images_than_neighbours():
+    with pytest.raises(ValueError, match="more than 3 images, got 10 real and 3"):
         precision_recall(torch.zeros(10, 2), torch.zeros(3, 2))
 
 
@@ -126,14 +126,14 @@ def test_features_of_a_model_of_transformers_are_those_of_the_model(tmp_path, ki
     features, logits = ModelFeatures(str(tmp_path))(images)
     assert features.shape == (3, 8) and logits is None
     processor = ViTImageProcessor.from_pretrained(tmp_path)
-    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+    images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
     with torch.no_grad():
-        output = model(processor(pictures, return_tensors="pt").pixel_values)
+        output = model(processor(images, return_tensors="pt").pixel_values)
     expected = output.pooler_output if kind == "pooled" else output.last_hidden_state.mean(1)
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_feature_model_that_can_not_be_loaded_is_named(tmp_path):
+def test_a_feature_model_that_cannot_be_loaded_is_named(tmp_path):
     with pytest.raises(ValueError, match="no image model that transformers can load"):
         ModelFeatures(str(tmp_path))
 
@@ -160,5 +160,5 @@ def test_inception_is_that_of_torch_fidelity_with_the_weights_asked_for(monkeypa
 
 def test_without_torch_fidelity_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(ImportError, match=r"dnd-hf\[fid\].*--feature_model"):
+    with pytest.raises(ImportError, match=r"dnd-hf\[fid\].*`feature_model`"):
         InceptionFeatures()

@@ -1,4 +1,4 @@
-"""PPL_OCR, against likelihoods that are summed one token at a time."""
+"""Perplexity, against likelihoods that are summed one token at a time."""
 
 import math
 
@@ -7,8 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from dnd_hf.data.images import BrokenImageError
-from dnd_hf.evaluation.perplexity import LanguageModel, TextScore, evaluate_ppl_ocr, perplexity, shuffle_words
+from dnd_hf.evaluation.perplexity import LanguageModel, TextScore, perplexity, shuffle_words
 
 
 WORDS = ["<s>", "<unk>", *"abcdefgh"]
@@ -71,61 +70,7 @@ def test_shuffling_keeps_the_words_and_depends_on_the_seed_alone():
     assert len(orders) > 1 and shuffle_words(text, 3) == shuffle_words(text, 3)
 
 
-class Levels:
-    """Pictures of one level each, 0, 1, 2, ...; those of `broken` can not be read."""
-
-    def __init__(self, count, broken=()):
-        self.count, self.broken = count, broken
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        if index in self.broken:
-            raise BrokenImageError(index, None, "it is torn")
-        return {"pixel_values": torch.full((3, 4, 4), index / 127.5 - 1), "label": 0}
-
-
-def in_order(text: str) -> TextScore:
-    """A language model that expects the alphabet: each letter that follows its predecessor costs ln 2, others ln 8."""
-    pairs = list(zip(text.split(), text.split()[1:]))
-    return TextScore(sum(math.log(2) if ord(b) == ord(a) + 1 else math.log(8) for a, b in pairs), len(pairs))
-
-
-def test_ppl_ocr_scores_what_is_read_and_the_same_words_shuffled():
-    texts = ["a b\nc d e f g h", "i j  k l m n o p q"]
-    found = evaluate_ppl_ocr(Levels(2), lambda images: [texts[images[0].getpixel((0, 0))[0]]], in_order, batch_size=1)
-    assert found["ppl_ocr"] == pytest.approx(2) and found["num_tokens"] == 15 and found["num_images"] == 2
-    shuffled = [in_order(shuffle_words(text, i)) for i, text in enumerate(texts)]
-    assert found["shuffled_ppl_ocr"] == pytest.approx(math.exp(sum(score.nll for score in shuffled) / 15))
-    assert found["shuffled_ppl_ocr"] > 3
-    assert found["texts"][0] == {
-        "index": 0,
-        "text": "a b c d e f g h",
-        "nll": pytest.approx(7 * math.log(2)),
-        "num_tokens": 7,
-    }
-
-
-def test_pictures_without_a_text_to_score_are_listed_and_left_out():
-    texts = {0: "a b", 1: "", 2: "z", 3: None, 4: "b c"}
-
-    def engine(images):
-        text = texts[images[0].getpixel((0, 0))[0]]
-        if text is None:
-            raise RuntimeError("out of ink")
-        return [text]
-
-    found = evaluate_ppl_ocr(Levels(6, broken=[5]), engine, in_order)
-    assert found["num_images"] == 2 and found["ppl_ocr"] == pytest.approx(2)
-    reasons = {failure.index: failure.reason for failure in found["failures"]}
-    assert reasons.keys() == {1, 2, 3, 5}
-    assert "no readable text" in reasons[1] and "too short" in reasons[2] and "out of ink" in reasons[3]
-    nothing = evaluate_ppl_ocr(Levels(2), lambda images: [" "], in_order)
-    assert nothing["num_images"] == 0 and nothing["ppl_ocr"] is None and len(nothing["failures"]) == 2
-
-
-def test_a_model_that_can_not_be_loaded_is_named(tmp_path):
+def test_a_model_that_cannot_be_loaded_is_named(tmp_path):
     with pytest.raises(ValueError, match="no causal language model that transformers can load"):
         LanguageModel(str(tmp_path))
     with pytest.raises(ValueError, match="max_length is 1"):

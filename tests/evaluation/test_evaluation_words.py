@@ -1,4 +1,4 @@
-"""The evaluation of words, with pipelines and engines whose figures are known beforehand."""
+"""The evaluation of words, with pipelines and engines whose metrics are known beforehand."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from dnd_hf.evaluation.words import REAL_SEED, evaluate_words, pixel_spread
 
 
 class RealPipeline:
-    """Generates real pictures, numbered by its generators' seeds, and remembers those seeds and the labels."""
+    """Generates real images, numbered by its generators' seeds, and remembers those seeds and the labels."""
 
     def __init__(self):
         self.seeds, self.labels, self.batches = [], [], []
@@ -27,7 +27,7 @@ class RealPipeline:
 
 
 class KnowingEngine:
-    """Reads pictures in the order they are made in; every word that starts with a letter of `blind` is missed."""
+    """Reads images in the order they are made in; every word that starts with a letter of `blind` is missed."""
 
     def __init__(self, blind=""):
         self.blind, self.count = blind, 0
@@ -46,7 +46,7 @@ def test_pixel_spread_is_the_mean_over_labels_of_the_mean_deviation_of_a_pixel()
     assert pixel_spread(images, [7, 7, 2, 2, 2]) == pytest.approx(expected)
 
 
-def test_pixel_spread_is_0_for_repeated_pictures_and_at_most_half():
+def test_pixel_spread_is_0_for_repeated_images_and_at_most_half():
     images = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), np.uint8)
     assert pixel_spread(images[[0, 0, 1, 1]], [0, 0, 1, 1]) == 0
     opposite = np.stack([np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)])
@@ -67,7 +67,7 @@ def test_pixel_spread_names_what_is_wrong_with_its_input(images, labels, message
         pixel_spread(images, labels)
 
 
-def test_the_same_kind_of_pictures_gives_the_same_figures():
+def test_the_same_kind_of_images_gives_the_same_metrics():
     result = evaluate_words(RealPipeline(), num_images_per_word=4, engine=KnowingEngine())
     assert result["num_images"] == 400
     assert result["accuracy"] == result["real_accuracy"] == result["accuracy_ratio"] == 1
@@ -86,7 +86,7 @@ def test_an_engine_that_reads_nothing_gives_no_ratio():
     assert np.isnan(evaluate_words(RealPipeline(), 2, engine=lambda images: [""] * len(images))["accuracy_ratio"])
 
 
-def test_every_picture_has_its_own_seed_and_other_seeds_share_none():
+def test_every_image_has_its_own_seed_and_other_seeds_share_none():
     one, two = RealPipeline(), RealPipeline()
     evaluate_words(one, 2, seed=0, engine=KnowingEngine())
     evaluate_words(two, 2, seed=1, engine=KnowingEngine())
@@ -94,14 +94,14 @@ def test_every_picture_has_its_own_seed_and_other_seeds_share_none():
     assert one.labels == two.labels == list(range(100)) * 2
 
 
-def test_the_batch_size_changes_no_figure():
+def test_the_batch_size_changes_no_metric():
     pipeline = RealPipeline()
     small = evaluate_words(pipeline, 2, batch_size=37, engine=KnowingEngine())
     assert pipeline.batches == [37] * 5 + [15]
     assert small == evaluate_words(RealPipeline(), 2, batch_size=200, engine=KnowingEngine())
 
 
-def test_real_pictures_have_the_size_of_generated_ones_and_a_seed_of_their_own():
+def test_real_images_have_the_size_of_generated_ones_and_a_seed_of_their_own():
     seen = []
 
     def pipeline(class_labels, generator, output_type):

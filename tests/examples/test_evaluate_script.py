@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from accelerate import PartialState
 from PIL import Image
 
 from dnd_hf.data.words import WordImages
+from dnd_hf.evaluation import words
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "evaluate.py"
@@ -43,7 +45,7 @@ def tokenizers(make_vae, tmp_path):
     return "step-1 step-2"
 
 
-def test_rocr_of_two_tokenizers_leaves_tables_texts_pictures_and_curves(evaluate, tokenizers, tmp_path):
+def test_rocr_of_two_tokenizers_leaves_tables_texts_images_and_curves(evaluate, tokenizers, tmp_path):
     pytest.importorskip("rapidocr_onnxruntime")
     results, markdown = evaluate(f"--task rocr --model {tokenizers} --dataset_name words --num_dataset_images 10")
     rows = results["rows"]
@@ -52,7 +54,7 @@ def test_rocr_of_two_tokenizers_leaves_tables_texts_pictures_and_curves(evaluate
     ]
     # Random tokenizers leave nothing to read; at 16 pixels the engine reads most of the originals.
     assert rows[0]["rouge_l"] > 0.5 > rows[2]["rouge_l"] and rows[0] == {**rows[3], "model": "step-1"}
-    assert results["failures"] == [] and "0 pictures were left out." in markdown
+    assert results["failures"] == [] and "0 images were left out." in markdown
     texts = [json.loads(line) for line in (tmp_path / "out" / "texts.jsonl").read_text().splitlines()]
     assert len(texts) == 20 and texts[0]["reference"] == "ALARM"
     for name in ("reconstructions-1.png", "reconstructions-2.png", "curves.png"):
@@ -73,14 +75,14 @@ def test_rocr_knows_the_true_texts_of_a_folder_with_a_text_column(evaluate, toke
     assert [text["reference"] for text in texts] == ["text 2", "text 1", "text 0"]
 
 
-def test_an_empty_folder_and_pictures_without_text_end_with_an_error(evaluate, tokenizers, tmp_path):
+def test_an_empty_folder_and_images_without_text_end_with_an_error(evaluate, tokenizers, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="empty"):
+    with pytest.raises(ValueError, match="empty has no images"):
         evaluate("--task reconstruction --model step-1 --dataset_name empty --lpips false --fid false")
     pytest.importorskip("rapidocr_onnxruntime")
     (tmp_path / "blank").mkdir()
     Image.new("RGB", (64, 16), "white").save(tmp_path / "blank" / "0.png")
-    with pytest.raises(ValueError, match=r"none of 1 pictures can be compared.*there is no readable text"):
+    with pytest.raises(ValueError, match=r"none of 1 images can be compared.*there is no readable text"):
         evaluate("--task rocr --model step-1 --dataset_name blank")
 
 
@@ -131,7 +133,7 @@ def test_generation_searches_guidance_then_samples_with_the_best(evaluate, make_
     assert again["rows"][0]["fid"] == pytest.approx(0, abs=1e-4) and again["rows"][0]["recall"] == 1
 
 
-def test_ppl_ocr_compares_samples_and_generated_with_real_pictures(evaluate, make_pipeline, tmp_path):
+def test_ppl_ocr_compares_samples_and_generated_with_real_images(evaluate, make_pipeline, tmp_path):
     pytest.importorskip("rapidocr_onnxruntime")
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -156,15 +158,15 @@ def test_ppl_ocr_compares_samples_and_generated_with_real_pictures(evaluate, mak
     assert real["shuffled_ppl_ocr"] == real["ppl_ocr"]  # single words have one order
     left_out = [(failure["model"], failure["index"]) for failure in results["failures"]]
     assert left_out[0] == ("samples", 3) and generated["model"] == "dnd"
-    assert generated["num_images"] + len(left_out[1:]) == 4  # the engine may see a text in random pictures
-    assert f"{len(left_out)} pictures were left out:" in markdown and "no readable text" in markdown
+    assert generated["num_images"] + len(left_out[1:]) == 4  # the engine may see a text in random images
+    assert f"{len(left_out)} images were left out:" in markdown and "no readable text" in markdown
 
 
 def test_words_has_its_figures_where_they_were(script, evaluate, monkeypatch):
     pytest.importorskip("rapidocr_onnxruntime")
     figures = {"num_images": 200, "accuracy": 0.5, "real_accuracy": 1.0, "word_accuracy": {"APPLE": 0.5}}
     asked = []
-    monkeypatch.setitem(script["run_words"].__globals__, "evaluate_words", lambda *args: asked.append(args) or figures)
+    monkeypatch.setattr(words, "evaluate_words", lambda *args: asked.append(args) or figures)
     results, markdown = evaluate("--task words --model words --num_images_per_word 2 --seed 1 --top_k 9")
     assert results["figures"] == figures and results["sampling"]["guidance_scale"] > 0
     assert results["sampling"]["top_k"] == 9 and asked[0][0].keywords == {"top_k": 9}
@@ -174,21 +176,30 @@ def test_words_has_its_figures_where_they_were(script, evaluate, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("", "--task is needed"),
-        ("--task rocr --model a", "--output_dir is needed"),
-        ("--task rocr --output_dir out", "--model is needed"),
-        ("--task generation --output_dir out", "--model is needed, or --samples"),
-        ("--task rocr --model a --samples b --output_dir out", "--samples goes with generation and ppl_ocr"),
+        ("", "`task` is needed"),
+        ("--task rocr --model a", "`output_dir` is needed"),
+        ("--task rocr --output_dir out", "`model` is needed"),
+        ("--task generation --output_dir out", "`model` is needed, or `samples`"),
+        ("--task rocr --model a --samples b --output_dir out", "the task rocr makes no use of `samples`"),
         ("--task rocr --model a a --dataset_name words --output_dir out", "names one twice"),
-        ("--task words --model a b --output_dir out", "takes one --model"),
-        ("--task reconstruction --model a --output_dir out", "--dataset_name is needed"),
-        ("--task ppl_ocr --model a --dataset_name words --output_dir out", "--language_model is needed"),
-        ("--task generation --model a --output_dir out", "either --dataset_name or --reference"),
-        ("--task words --model a --search_scales 2 --output_dir out", "--search_scales goes with"),
-        ("--task words --model a --search_schedules cosine --output_dir out", "--search_schedules must be of constant"),
-        ("--task words --model a --search_powers 0 --output_dir out", "--search_powers must be positive"),
-        ("--task words --model a --batch_size 0 --output_dir out", "--batch_size must be positive"),
-        ("--task words --model a --seed -1 --output_dir out", "--seed must not be negative"),
+        ("--task words --model a b --output_dir out", "takes one `model`"),
+        ("--task reconstruction --model a --output_dir out", "`dataset_name` is needed"),
+        ("--task ppl_ocr --model a --dataset_name words --output_dir out", "`language_model` is needed"),
+        ("--task generation --model a --output_dir out", "either `dataset_name` or `reference`"),
+        ("--task words --model a --search_scales 2 --output_dir out", "the task words makes no use of `search_scales`"),
+        ("--task generation --model a --reference r --search_schedules cosine --output_dir out", "must be of constant"),
+        ("--task generation --model a --reference r --search_powers 0 --output_dir out", "`search_powers` must be pos"),
+        (
+            "--task rocr --model a --dataset_name d --protocol official --ocr tesseract --output_dir out",
+            "a prompt of",
+        ),
+        (
+            "--task rocr --model a --dataset_name d --protocol official --ocr_prompt x --output_dir out",
+            "a prompt of",
+        ),
+        ("--task words --model a --temperature 0 --output_dir out", "`temperature` must be finite and greater than 0"),
+        ("--task words --model a --batch_size 0 --output_dir out", "`batch_size` must be positive"),
+        ("--task words --model a --seed -1 --output_dir out", "`seed` must be at least 0"),
     ],
 )
 def test_bad_arguments_end_with_a_message(script, capsys, options, message):
@@ -198,25 +209,56 @@ def test_bad_arguments_end_with_a_message(script, capsys, options, message):
 
 
 @pytest.mark.parametrize("options", ["--num_images 6", "--num_images 8 --search_scales 2 --num_search_images 6"])
-def test_classes_that_can_not_be_balanced_end_before_any_work(evaluate, make_pipeline, tmp_path, capsys, options):
+def test_classes_that_cannot_be_balanced_end_before_any_work(evaluate, make_pipeline, tmp_path, capsys, options):
     make_pipeline().save_pretrained(tmp_path / "dnd")
-    with pytest.raises(ValueError, match="6 pictures can not be divided equally among 4 classes"):
+    with pytest.raises(ValueError, match="6 images cannot be divided equally among 4 classes"):
         evaluate(f"--task generation --model dnd --dataset_name words {options}")
-    assert "pictures/s" not in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "images/s" not in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ("--task rocr --model step-1 --depths 3", ValueError, r"depths must lie in \[1, 2\]"),
+        ("--task rocr --model step-1 --depths 3", ValueError, r"`depths` must lie in \[1, 2\]"),
         ("--task rocr --model step-1 --sample_size 15 64", ValueError, "do not divide into the tokenizer's cells"),
         ("--task rocr --model step-1 --ocr no-such-engine", ValueError, "no OCR engine of this package"),
         ("--task rocr --model nowhere", OSError, "nowhere"),
-        ("--task ppl_ocr --samples step-1 --language_model lm", ValueError, "has 0 pictures"),
+        ("--task ppl_ocr --samples step-1 --language_model lm", ValueError, "has 0 images"),
         ("--task reconstruction --model step-1 --feature_model vit", ValueError, "no image model"),
     ],
 )
-def test_input_that_can_not_work_ends_before_any_work(evaluate, tokenizers, capsys, options, error, message):
+def test_input_that_cannot_work_ends_before_any_work(evaluate, tokenizers, capsys, options, error, message):
     with pytest.raises(error, match=message):
         evaluate(f"{options} --dataset_name words --num_dataset_images 2")
-    assert "pictures/s" not in capsys.readouterr().err
+    assert "images/s" not in capsys.readouterr().err
+
+
+def test_what_reconstruction_cannot_measure_is_said_with_the_reason(
+    evaluate, tokenizers, tmp_path, monkeypatch, caplog, capsys
+):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    options = "--task reconstruction --model step-1 --dataset_name words --num_dataset_images 4"
+    results, markdown = evaluate(options)
+    assert results["rows"][0]["lpips"] is None and results["rows"][0]["rfid"] is None
+    printed = capsys.readouterr().out
+    for metric, extra in (("lpips", "lpips"), ("rfid", "fid")):
+        (line,) = [line for line in markdown.splitlines() if line.startswith(f"Not measured: {metric}, because")]
+        assert f'pip install "dnd-hf[{extra}]"' in line and line in printed
+        assert f"{metric} is not measured: " in caplog.text  # before the long work
+    with pytest.raises(ImportError, match=r"dnd-hf\[lpips\]"):
+        evaluate(f"{options} --lpips true")
+    results, markdown = evaluate(f"{options} --lpips false --fid false")
+    assert results["not_measured"] == {
+        "lpips": "the options switch it off",
+        "rfid": "the options switch it off",
+    }
+
+
+def test_the_task_words_says_what_it_needs_of_another_model(evaluate, make_pipeline, tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "fish")
+    message = (
+        r"trained on the data set `words`, whose 100 classes .*; fish has 4 classes, the first 'tench, Tinca tinca'"
+    )
+    with pytest.raises(ValueError, match=message):
+        evaluate("--task words --model fish")

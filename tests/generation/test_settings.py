@@ -6,6 +6,8 @@ import torch
 from definitions import generators
 from transformers import GenerationConfig
 
+from dnd_hf.generation.settings import SamplingSettings
+
 
 def test_arguments_left_out_come_from_the_generation_config(make_model):
     model = make_model()
@@ -70,3 +72,12 @@ def test_numbers_may_be_those_of_numpy_and_tensors(settings, make_model):
 def test_wrong_settings_are_refused_by_name(name, value, make_model):
     with pytest.raises(ValueError, match=f"`{name}` must be"):
         make_model().generate([0, 1], **{name: value})
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(guidance_scale=-1.0), dict(temperature=0.0), dict(top_k=-1), dict(top_p=1.5), dict(guidance_power=0)]
+)
+def test_settings_that_no_model_takes_are_refused_without_a_model(wrong):
+    SamplingSettings.check(guidance_scale=3.0, temperature=0.5)
+    with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must be"):
+        SamplingSettings.check(**wrong)
