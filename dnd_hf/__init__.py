@@ -13,7 +13,7 @@ from .models.modeling_rq_transformer import RQTransformerForImageGeneration, RQT
 
 if TYPE_CHECKING:
     from .bundled import bundled_checkpoint
-    from .conversion import convert_rqvae, convert_transformer
+    from .conversion import convert_rq_transformer, convert_rqvae, convert_transformer
     from .models.autoencoder_rqvae import RQVAE, RQVAEEncoderOutput, RQVAEOutput
     from .models.residual_quantizer import ResidualQuantizer
     from .pipelines.pipeline_dnd import DnDPipeline
@@ -25,7 +25,7 @@ _LAZY = {
     "models.residual_quantizer": ("ResidualQuantizer",),
     "pipelines.pipeline_dnd": ("DnDPipeline",),
     "bundled": ("bundled_checkpoint",),
-    "conversion": ("convert_rqvae", "convert_transformer"),
+    "conversion": ("convert_rq_transformer", "convert_rqvae", "convert_transformer"),
 }
 _MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
 __all__ = [

@@ -28,7 +28,10 @@ SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")
 class ConversionArguments:
     """Options of this script; all can also stand in a YAML file given as `--config`."""
 
-    transformer_checkpoint: str | None = HfArg(default=None, help="Of the DnD-Transformer or LlamaGen (.pt).")
+    transformer_checkpoint: str | None = HfArg(
+        default=None, help="Of the DnD-Transformer, LlamaGen or the RQ-Transformer (.pt)."
+    )
+    transformer_config: str | None = HfArg(default=None, help="Default: config.yaml beside the RQ-Transformer.")
     rqvae_checkpoint: str | None = HfArg(default=None, help="An RQ-VAE, or a tokenizer of LlamaGen (.pt).")
     rqvae_config: str | None = HfArg(default=None, help="Default: config.yaml beside the RQ-VAE.")
     to_original: str | None = HfArg(default=None, help="Instead: write this folder in the official format.")

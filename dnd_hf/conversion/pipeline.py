@@ -4,16 +4,22 @@ Weights are renamed and rearranged but never computed with, so the way back give
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch import Tensor
+from transformers import GenerationConfig
 
 from ..files import new_folder, read_json
 from ..models.configuration_dnd import DnDConfig
+from ..models.configuration_rq_transformer import RQTransformerConfig
 from ..pipelines.pipeline_dnd import DnDPipeline
+from .checkpoint_file import agreed
+from .rq_transformer import convert_rq_transformer, is_rq_transformer, original_rq_transformer
 from .tokenizer import convert_rqvae, original_rqvae
 from .transformer import agreed_grid, convert_transformer, original_transformer, read_transformer
 
@@ -23,6 +29,7 @@ def convert_pipeline(
     rqvae_path: str | os.PathLike,
     rqvae_config: str | os.PathLike | None = None,
     rqvae_use_ema: bool = False,
+    transformer_config: str | os.PathLike | None = None,
     grid_size: int | Sequence[int] | None = None,
     use_ema: bool = False,
     dtype: torch.dtype | None = None,
@@ -31,12 +38,25 @@ def convert_pipeline(
     """A transformer and its tokenizer as one pipeline.
 
     The arguments are those of [`convert_rqvae`] and, `kwargs` among them, of [`convert_transformer`]. A code grid that
-    the transformer does not tell is the tokenizer's.
+    the transformer does not tell is the tokenizer's. An RQ-Transformer takes `transformer_config` (`None`: the
+    config.yaml beside it) and `id2label`; see [`convert_rq_transformer`].
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: as the two functions, or because the two models contradict each other.
+        ValueError: as the functions named, or because the two models contradict each other.
     """
+    if is_rq_transformer(transformer_path, use_ema):
+        given = sorted(name for name, value in kwargs.items() if value is not None and name != "id2label")
+        if given:
+            raise ValueError(f"`{given[0]}` must be None: {transformer_path} is an RQ-Transformer, which tells it.")
+        vqvae = convert_rqvae(rqvae_path, rqvae_config, grid_size, rqvae_use_ema, dtype)
+        id2label = kwargs.get("id2label")
+        transformer = convert_rq_transformer(transformer_path, vqvae, transformer_config, id2label, use_ema, dtype)
+        grids = {"the transformer": tuple(transformer.config.grid_size), "the tokenizer": tuple(vqvae.grid_size)}
+        agreed("The code grid", grids)
+        return DnDPipeline(transformer, vqvae)
+    if transformer_config is not None:
+        raise ValueError(f"`transformer_config` must be None: {transformer_path} is no RQ-Transformer.")
     grid_size = agreed_grid(read_transformer(transformer_path, use_ema), grid_size)
     vqvae = convert_rqvae(rqvae_path, rqvae_config, grid_size, rqvae_use_ema, dtype)
     if grid_size is None and not vqvae.config.normalize_codes:
@@ -49,7 +69,9 @@ def export_original(folder: str | os.PathLike, output_dir: str | os.PathLike) ->
     """Writes a pipeline folder, or that of one model, in the official format; see [`new_folder`] for `output_dir`.
 
     `transformer.pt` has its weights under `model` and a plain dict under `args`; `rqvae.pt`, with `config.yaml` beside
-    it, under `state_dict`. A LlamaGen tokenizer and the transformer beside it are written in LlamaGen's format.
+    it, under `state_dict`. A LlamaGen tokenizer and the transformer beside it are written in LlamaGen's format. An
+    RQ-Transformer is written as `stage2/model.pt` with its `config.yaml`, and the tokenizer beside it as
+    `stage1/model.pt` with its own.
 
     Raises:
         ValueError: the folder holds no such model, or one that the official code cannot compute.
@@ -66,11 +88,25 @@ def export_original(folder: str | os.PathLike, output_dir: str | os.PathLike) ->
             contents |= original_rqvae(config, weights)
         elif config.get("model_type") == DnDConfig.model_type:
             contents["transformer.pt"] = original_transformer(DnDConfig.from_dict(config), weights, vae_config)
+        elif config.get("model_type") == RQTransformerConfig.model_type:
+            contents = _original_archive(part, config, weights, contents)
         else:
-            raise ValueError(f"{folder} must be the folder of a DnDPipeline, DnDForImageGeneration or RQVAE.")
+            raise ValueError(f"{folder} must be the folder of a DnDPipeline, of its transformer or of an RQVAE.")
     with new_folder(output_dir) as output:
         for name, content in contents.items():
+            (output / name).parent.mkdir(exist_ok=True)
             if name.endswith(".pt"):
                 torch.save(content, output / name)
             else:
                 (output / name).write_text(yaml.safe_dump(content), encoding="utf-8")
+
+
+def _original_archive(
+    folder: Path, config: Mapping[str, Any], weights: dict[str, Tensor], tokenizer: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The files of an archive of kakaobrain, from an RQ-Transformer and the files of its tokenizer, if any."""
+    names = {"rqvae.pt": "stage1/model.pt", "config.yaml": "stage1/config.yaml"}
+    stage1 = {names[name]: content for name, content in tokenizer.items()}
+    generation_config = GenerationConfig.from_pretrained(folder)
+    stage2 = original_rq_transformer(RQTransformerConfig.from_dict(config), generation_config, weights)
+    return stage1 | {f"stage2/{name}": content for name, content in stage2.items()}

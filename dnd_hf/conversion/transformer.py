@@ -103,6 +103,8 @@ def convert_transformer(
 def read_transformer(path: str | os.PathLike, use_ema: bool) -> Checkpoint:
     """The checkpoint of a class-conditional transformer, under our names; see [`read_checkpoint`] for the errors."""
     checkpoint = read_checkpoint(path, use_ema)
+    if any(name.startswith("body_transformer.") for name in checkpoint.tensors):
+        raise ValueError(f"{path} is an RQ-Transformer: use `convert_rq_transformer`, with the tokenizer.")
     if checkpoint.args.get("gpt_type") == "t2i" or "cls_embedding.uncond_embedding" in checkpoint.tensors:
         raise ValueError(f"{path} must be class-conditional (c2i), it is text-conditional (t2i).")
     checkpoint.rename(LLAMAGEN_TRANSFORMER_NAMES)
