@@ -2,6 +2,8 @@
 
 python examples/convert_checkpoint.py --transformer_checkpoint XXL.pt --rqvae_checkpoint rqvae/model.pt \
     --output_dir dnd-xxl
+python examples/convert_checkpoint.py --transformer_checkpoint stage2/model.pt --rqvae_checkpoint stage1/model.pt \
+    --output_dir rq-transformer
 python examples/convert_checkpoint.py --to_original dnd-xxl --output_dir dnd-xxl-original
 
 A transformer and its tokenizer become a pipeline, one of them alone a model's folder.
@@ -17,7 +19,7 @@ import torch
 from transformers.hf_argparser import HfArg
 
 from dnd_hf.arguments import parse_arguments
-from dnd_hf.conversion import convert_pipeline, convert_rqvae, convert_transformer, export_original
+from dnd_hf.conversion import convert_any_transformer, convert_pipeline, convert_rqvae, export_original
 from dnd_hf.files import new_folder
 
 
@@ -55,8 +57,9 @@ class ConversionArguments:
             raise ValueError("--output_dir is needed.")
         if bool(self.to_original) == bool(self.transformer_checkpoint or self.rqvae_checkpoint):
             raise ValueError("Either --to_original, or --transformer_checkpoint and/or --rqvae_checkpoint is needed.")
-        if not self.transformer_checkpoint and (self.use_ema or self.prediction_layers or self.num_attention_heads):
-            raise ValueError("--use_ema, --prediction_layers, --num_attention_heads need --transformer_checkpoint.")
+        needed = ("transformer_config", "use_ema", "prediction_layers", "num_attention_heads")
+        if not self.transformer_checkpoint and any(getattr(self, name) for name in needed):
+            raise ValueError(f"{', '.join(f'--{name}' for name in needed)} need --transformer_checkpoint.")
 
 
 def main(args: ConversionArguments) -> None:
@@ -75,10 +78,17 @@ def main(args: ConversionArguments) -> None:
     with new_folder(args.output_dir) as folder:
         if args.transformer_checkpoint and args.rqvae_checkpoint:
             model = convert_pipeline(
-                args.transformer_checkpoint, args.rqvae_checkpoint, **tokenizer, **transformer, **shared
+                args.transformer_checkpoint,
+                args.rqvae_checkpoint,
+                transformer_config=args.transformer_config,
+                **tokenizer,
+                **transformer,
+                **shared,
             )
         elif args.transformer_checkpoint:
-            model = convert_transformer(args.transformer_checkpoint, **transformer, **shared)
+            model = convert_any_transformer(
+                args.transformer_checkpoint, config=args.transformer_config, **transformer, **shared
+            )
         else:
             model = convert_rqvae(args.rqvae_checkpoint, args.rqvae_config, use_ema=args.rqvae_use_ema, **shared)
         if args.transformer_checkpoint:

@@ -12,13 +12,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..files import new_folder, read_json
+from ..models.autoencoder_rqvae import RQVAE
 from ..models.configuration_dnd import DnDConfig
 from ..models.configuration_rq_transformer import RQTransformerConfig
 from ..pipelines.pipeline_dnd import DnDPipeline
-from .checkpoint_file import agreed
+from .checkpoint_file import agreed, as_grid
 from .rq_transformer import convert_rq_transformer, is_rq_transformer, original_rq_transformer
 from .tokenizer import convert_rqvae, original_rqvae
 from .transformer import agreed_grid, convert_transformer, original_transformer, read_transformer
@@ -37,32 +38,55 @@ def convert_pipeline(
 ) -> DnDPipeline:
     """A transformer and its tokenizer as one pipeline.
 
-    The arguments are those of [`convert_rqvae`] and, `kwargs` among them, of [`convert_transformer`]. A code grid that
-    the transformer does not tell is the tokenizer's. An RQ-Transformer takes `transformer_config` (`None`: the
-    config.yaml beside it) and `id2label`; see [`convert_rq_transformer`].
+    The arguments are those of [`convert_rqvae`] and [`convert_any_transformer`]. A code grid that the transformer does
+    not tell is the tokenizer's.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: as the functions named, or because the two models contradict each other.
+        ValueError: as the two functions, or because the two models contradict each other.
     """
-    if is_rq_transformer(transformer_path, use_ema):
-        given = sorted(name for name, value in kwargs.items() if value is not None and name != "id2label")
-        if given:
-            raise ValueError(f"`{given[0]}` must be None: {transformer_path} is an RQ-Transformer, which tells it.")
-        vqvae = convert_rqvae(rqvae_path, rqvae_config, grid_size, rqvae_use_ema, dtype)
-        id2label = kwargs.get("id2label")
-        transformer = convert_rq_transformer(transformer_path, vqvae, transformer_config, id2label, use_ema, dtype)
-        grids = {"the transformer": tuple(transformer.config.grid_size), "the tokenizer": tuple(vqvae.grid_size)}
-        agreed("The code grid", grids)
-        return DnDPipeline(transformer, vqvae)
-    if transformer_config is not None:
-        raise ValueError(f"`transformer_config` must be None: {transformer_path} is no RQ-Transformer.")
-    grid_size = agreed_grid(read_transformer(transformer_path, use_ema), grid_size)
+    rq_transformer = is_rq_transformer(transformer_path, use_ema)
+    if not rq_transformer:
+        grid_size = agreed_grid(read_transformer(transformer_path, use_ema), grid_size)
     vqvae = convert_rqvae(rqvae_path, rqvae_config, grid_size, rqvae_use_ema, dtype)
-    if grid_size is None and not vqvae.config.normalize_codes:
+    if rq_transformer or (grid_size is None and not vqvae.config.normalize_codes):
         grid_size = vqvae.grid_size
-    transformer = convert_transformer(transformer_path, grid_size=grid_size, use_ema=use_ema, dtype=dtype, **kwargs)
+    transformer = convert_any_transformer(
+        transformer_path, vqvae, transformer_config, grid_size, use_ema, dtype, **kwargs
+    )
     return DnDPipeline(transformer, vqvae)
+
+
+def convert_any_transformer(
+    path: str | os.PathLike,
+    vqvae: RQVAE | None = None,
+    config: str | os.PathLike | None = None,
+    grid_size: int | Sequence[int] | None = None,
+    use_ema: bool = False,
+    dtype: torch.dtype | None = None,
+    **kwargs,
+) -> PreTrainedModel:
+    """A transformer of the architecture that its keys tell.
+
+    Args:
+        vqvae, config: of [`convert_rq_transformer`], for an RQ-Transformer.
+        kwargs: the other arguments of [`convert_transformer`]; of these an RQ-Transformer has `id2label`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: as those functions, or an argument of the other architecture is given.
+    """
+    if not is_rq_transformer(path, use_ema):
+        if config is not None:
+            raise ValueError(f"`config` must be None: {path} is no RQ-Transformer, got {config}.")
+        return convert_transformer(path, grid_size=grid_size, use_ema=use_ema, dtype=dtype, **kwargs)
+    for name, value in kwargs.items():
+        if value is not None and name != "id2label":
+            raise ValueError(f"`{name}` must be None: {path} is an RQ-Transformer, whose files tell it.")
+    model = convert_rq_transformer(path, vqvae, config, kwargs.get("id2label"), use_ema, dtype)
+    claims = {"the tokenizer, or `grid_size`": grid_size, str(path): tuple(model.config.grid_size)}
+    agreed("The code grid", {source: grid and as_grid(grid) for source, grid in claims.items()})
+    return model
 
 
 def export_original(folder: str | os.PathLike, output_dir: str | os.PathLike) -> None:

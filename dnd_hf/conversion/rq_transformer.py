@@ -112,7 +112,8 @@ def convert_rq_transformer(
     checkpoint.rename(RQ_TRANSFORMER_NAMES, stacked=STACKED_NAMES)
     weights = _our_weights(checkpoint, model_config)
     if model_config.reads_code_vectors:
-        weights["code_vectors"] = vqvae.quantizer.codebooks.detach().to(weights["embed_conditions.weight"].dtype)
+        precision = next(weight.dtype for weight in weights.values() if weight.is_floating_point())
+        weights["code_vectors"] = vqvae.quantizer.codebooks.detach().to(precision, copy=True)
     with torch.device("meta"):
         model = RQTransformerForImageGeneration(model_config)
     load_weights(model, weights, checkpoint, dtype)

@@ -174,3 +174,7 @@ class RQTransformerConfig(PreTrainedConfig):
             num_hidden_layers=layers, num_depth_layers=depth_layers, hidden_size=width, num_attention_heads=heads
         )
         return cls(**{**defaults, **kwargs})
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Does nothing, see [`LoadingMixin.register_for_auto_class`]."""

@@ -23,6 +23,7 @@ from ..generation.interface import ChooseCodes, Decoder, LayerStack
 from ..generation.mixin import ImageGenerationMixin
 from ..ops.linear_cross_entropy import head_cross_entropy
 from .configuration_rq_transformer import RQTransformerConfig
+from .loading import LoadingMixin
 
 
 @dataclass
@@ -101,7 +102,7 @@ class RQTransformerLayer(GradientCheckpointingLayer):
         return hidden_states + self.residual_dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
 
-class RQTransformerForImageGeneration(ImageGenerationMixin, PreTrainedModel):
+class RQTransformerForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTrainedModel):
     """RQ-Transformer (arXiv 2203.01941, Section 3.2): one transformer over the grid, another over each cell's codes.
 
     The body reads the condition (a class or text tokens) and then one token a cell, the sum of its codes' embeddings;
@@ -345,6 +346,16 @@ class RQTransformerForImageGeneration(ImageGenerationMixin, PreTrainedModel):
             expected, found = tuple(self.code_vectors.shape), tuple(codebooks.shape)
             raise ValueError(f"`codebooks` must have shape {expected}, got {found}.")
         self.code_vectors.copy_(codebooks.detach())
+
+    def check_code_vectors(self, codebooks: Tensor) -> None:
+        """Raises ValueError unless the tokenizer's code vectors are those that the model keeps, in its precision."""
+        if not self.config.reads_code_vectors or self.code_vectors.is_meta or codebooks.is_meta:
+            return
+        theirs = codebooks.to(self.code_vectors)
+        if not torch.equal(theirs, self.code_vectors):
+            raise ValueError(
+                "`vqvae` must have the code vectors that `transformer` keeps (see `set_code_vectors`), it has others."
+            )
 
     def compile_repeated_blocks(self, *args, **kwargs) -> None:
         """Compiles the layers of both stacks, for training and `generate`; the name and the arguments, those of

@@ -32,7 +32,7 @@ class DnDPipeline(SavingMixin, DiffusionPipeline):
     it too, and `DnDPipeline.from_pretrained(folder)` never runs that code.
 
     Args:
-        transformer: a [`DnDForImageGeneration`].
+        transformer: a [`DnDForImageGeneration`] or [`RQTransformerForImageGeneration`].
         vqvae: the [`RQVAE`] whose codes it was trained on; `None`: codes are all that the pipeline makes.
 
     Raises:
@@ -55,6 +55,8 @@ class DnDPipeline(SavingMixin, DiffusionPipeline):
                 raise ValueError(
                     f"`transformer` has `{ours}` {expected}, `vqvae` has `{theirs}` {found}: must be equal."
                 )
+        if hasattr(transformer, "check_code_vectors"):
+            transformer.check_code_vectors(vqvae.quantizer.codebooks)
         self.image_processor = VaeImageProcessor(vae_scale_factor=vqvae.stride)
 
     @classmethod

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -10,12 +12,13 @@ import yaml
 from fixtures.make_official_cases import random_weights
 from safetensors.torch import load_file
 
-from dnd_hf import RQTransformerForImageGeneration, convert_rqvae, convert_transformer
+from dnd_hf import DnDPipeline, RQTransformerForImageGeneration, convert_rqvae, convert_transformer
 from dnd_hf.conversion import convert_pipeline, convert_prompt_tokenizer, convert_rq_transformer, export_original
 
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 PARITY = FIXTURES / "rqtransformer_class"
+SCRIPT = Path(__file__).parents[2] / "examples" / "convert_checkpoint.py"
 CASES = ("rq_unconditional", "rq_text", "rq_separate", "rq_mixed")
 
 
@@ -41,6 +44,14 @@ def write_archive(case: str, folder: Path) -> tuple[Path, dict[str, torch.Tensor
 def converted(archive: Path, **options) -> RQTransformerForImageGeneration:
     vae = convert_rqvae(archive / "stage1" / "model.pt")
     return convert_rq_transformer(archive / "stage2" / "model.pt", vae, **options)
+
+
+def run_script(*arguments) -> None:
+    """examples/convert_checkpoint.py in this process."""
+    spec = spec_from_file_location("convert_checkpoint", SCRIPT)
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(module.parse_arguments(module.ConversionArguments, [str(argument) for argument in arguments]))
 
 
 def with_config(archive: Path, *path: str, value) -> None:
@@ -203,16 +214,54 @@ def test_what_is_missing_is_named(tmp_path):
         converted(archive)
 
 
-def test_a_pipeline_takes_the_grid_from_both_stages(tmp_path):
+def test_both_stages_become_one_pipeline_and_an_archive_again(tmp_path):
+    archive, expected = write_archive("rqtransformer_class", tmp_path / "archive")
+    paths = [archive / stage / "model.pt" for stage in ("stage2", "stage1")]
+    options = ["--transformer_checkpoint", paths[0], "--rqvae_checkpoint", paths[1], "--output_dir", tmp_path / "pipe"]
+    run_script(*options, "--top_k", 5)
+    pipe = DnDPipeline.from_pretrained(tmp_path / "pipe")
+    assert type(pipe.transformer) is RQTransformerForImageGeneration and pipe.transformer.generation_config.top_k == 5
+    assert torch.equal(pipe.transformer.code_vectors, pipe.vqvae.quantizer.codebooks)
+    assert torch.equal(pipe.vqvae.encode(expected["images"]).codes, expected["image_codes"])
+
+    run_script("--to_original", tmp_path / "pipe", "--output_dir", tmp_path / "back")
+    for stage in ("stage1", "stage2"):
+        original, back = (
+            torch.load(folder / stage / "model.pt", weights_only=True)["state_dict"]
+            for folder in (archive, tmp_path / "back")
+        )
+        assert back.keys() == original.keys() and all(torch.equal(back[name], original[name]) for name in back)
+    codes = expected["codes"]
+    again = convert_pipeline(tmp_path / "back" / "stage2" / "model.pt", tmp_path / "back" / "stage1" / "model.pt")
+    assert again.transformer.config.to_diff_dict() == converted(archive).config.to_diff_dict()
+    with torch.no_grad():
+        logits = (one.transformer(expected["cond"][:, 0], codes).logits for one in (pipe, again))
+        assert torch.equal(*logits)
+
+
+def test_a_pipeline_of_stages_that_do_not_fit_is_refused(tmp_path):
     archive, _ = write_archive("rqtransformer_class", tmp_path / "archive")
     paths = [archive / stage / "model.pt" for stage in ("stage2", "stage1")]
-    pipe = convert_pipeline(*paths)
-    assert torch.equal(pipe.transformer.code_vectors, pipe.vqvae.quantizer.codebooks)
-    assert pipe.transformer.config.grid_size == [4, 4]
     with pytest.raises(ValueError, match=r"`num_classes` must be None"):
         convert_pipeline(*paths, num_classes=10)
     with pytest.raises(ValueError, match=r"code grid"):
         convert_pipeline(*paths, grid_size=(2, 8))
+    pipe = convert_pipeline(*paths)
+    pipe.vqvae.quantizer.codebooks[0, 3, 2] += 1
+    with pytest.raises(ValueError, match=r"`vqvae` must have the code vectors"):
+        DnDPipeline(pipe.transformer, pipe.vqvae)
+
+
+@torch.no_grad()
+def test_a_model_that_reads_nothing_of_the_tokenizer_converts_by_itself(tmp_path):
+    archive, expected = write_archive("rq_separate", tmp_path / "archive")
+    file = archive / "config of another name.yaml"
+    (archive / "stage2" / "config.yaml").rename(file)
+    checkpoint = archive / "stage2" / "model.pt"
+    run_script("--transformer_checkpoint", checkpoint, "--transformer_config", file, "--output_dir", tmp_path / "model")
+    model = RQTransformerForImageGeneration.from_pretrained(tmp_path / "model")
+    logits = model(expected["cond"][:, 0], expected["codes"]).logits.view_as(expected["logits"])
+    torch.testing.assert_close(logits, expected["logits"], rtol=0, atol=1e-4)
 
 
 def test_the_official_code_cannot_have_a_null_class(make_rq_model, tmp_path):
