@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from .interface import Decoder, ImageCodeModel, Layer, LayerStack
 
@@ -79,6 +80,15 @@ def causal_mask(length: int, device: torch.device, dtype: torch.dtype) -> Tensor
     return torch.full([length, length], -torch.inf, dtype=dtype, device=device).triu(1)
 
 
+def causal_block_mask(position: int, count: int, device: torch.device) -> BlockMask:
+    """The same for `count` tokens from `position` on, as flex attention takes it."""
+
+    def sees(batch, head, query, key):
+        return query + position >= key
+
+    return create_block_mask(sees, B=None, H=None, Q_LEN=count, KV_LEN=position + count, device=device)
+
+
 class FilledKeysValues:
     """Keys and values of one layer, of which its attention gets the part that is filled.
 
@@ -108,7 +118,7 @@ class PlainDecoder:
     """
 
     def __init__(self, stack: LayerStack, rows: int, device: torch.device, dtype: torch.dtype, attention: str):
-        self.stack, self.takes_mask = stack, "flash" not in attention
+        self.stack, self.attention = stack, attention
         self.memory = cache_memory(stack, rows, device, dtype)
         self.caches = [FilledKeysValues(*layer) for layer in self.memory]
 
@@ -117,7 +127,9 @@ class PlainDecoder:
         for cache in self.caches:
             cache.position = position
         options = dict(attention_mask=None)
-        if count > 1 and self.takes_mask:
+        if count > 1 and "flex" in self.attention:
+            options["attention_mask"] = causal_block_mask(position, count, self.memory.device)
+        elif count > 1 and "flash" not in self.attention:
             mask = causal_mask(end, self.memory.device, self.memory.dtype)[position:]
             options["attention_mask"] = mask.expand(self.memory.shape[2], 1, -1, -1)
         if self.stack.rotary is not None:

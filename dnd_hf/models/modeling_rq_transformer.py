@@ -283,6 +283,29 @@ class RQTransformerForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTra
         vectors_RLDE = self._vectors(codes_RLD)
         return self.depth_projection(vectors_RLDE.cumsum(-2) if self.config.sum_code_vectors else vectors_RLDE)
 
+    def check_conditions(self, class_labels: Tensor | Sequence) -> Tensor:
+        """Class labels as `(batch, 1)`, or text tokens `(batch, prompt_length)`, int64 on the model's device.
+
+        Raises:
+            ValueError: another shape, or no integers in `[0, num_classes)` or `[0, prompt_vocab_size)`.
+        """
+        config = self.config
+        if not config.prompt_length:
+            return super().check_conditions(class_labels)
+        tokens = torch.as_tensor(class_labels)
+        integers = not tokens.is_floating_point() and tokens.dtype != torch.bool
+        if not integers or tokens.ndim != 2 or tokens.shape[1] != config.prompt_length or not len(tokens):
+            raise ValueError(
+                f"`class_labels` must be text tokens, integers (batch, {config.prompt_length}), got"
+                f" {tokens.dtype} {tuple(tokens.shape)}."
+            )
+        if tokens.min() < 0 or tokens.max() >= config.prompt_vocab_size:
+            raise ValueError(
+                f"`class_labels` must be text tokens in [0, {config.prompt_vocab_size}), got"
+                f" {tokens.min().item()} to {tokens.max().item()}."
+            )
+        return tokens.long() if self.device.type == "meta" else tokens.long().to(self.device)
+
     def null_conditions(self, conditions_BT: Tensor) -> Tensor:
         """What stands for no condition: the null class, or as many null text tokens."""
         return torch.full_like(conditions_BT, self.config.num_conditions)

@@ -82,6 +82,7 @@ def test_a_converted_model_computes_what_the_official_code_does(case, tmp_path):
         torch.testing.assert_close(output.loss, 0.9 * expected["loss"] + 0.1 * expected["cond_loss"])
     else:
         torch.testing.assert_close(output.loss, expected["loss"], rtol=0, atol=1e-5)
+    assert torch.equal(model.generate(conditions, do_sample=False), expected["greedy_codes"])
 
 
 @pytest.mark.parametrize("case", ("rqtransformer_class", *CASES))
@@ -223,6 +224,9 @@ def test_both_stages_become_one_pipeline_and_an_archive_again(tmp_path):
     assert type(pipe.transformer) is RQTransformerForImageGeneration and pipe.transformer.generation_config.top_k == 5
     assert torch.equal(pipe.transformer.code_vectors, pipe.vqvae.quantizer.codebooks)
     assert torch.equal(pipe.vqvae.encode(expected["images"]).codes, expected["image_codes"])
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(expected["cond"][:, 0].tolist(), top_k=1, output_type="pt").images
+    torch.testing.assert_close(images, (expected["greedy_images"] / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-4)
 
     run_script("--to_original", tmp_path / "pipe", "--output_dir", tmp_path / "back")
     for stage in ("stage1", "stage2"):

@@ -36,7 +36,8 @@ def guided_logits(model, class_labels, codes, scale) -> torch.Tensor:
     logits = model(class_labels, codes).logits.double()
     if scale == 1:
         return logits
-    null = model(torch.full_like(class_labels, model.config.num_classes), codes).logits.double()
+    null_class = getattr(model.config, "num_conditions", model.config.num_classes)
+    null = model(torch.full_like(class_labels, null_class), codes).logits.double()
     return null + (logits - null) * scale
 
 
