@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.number_checks import height_width
+
 
 # Buffers that some checkpoints carry along; nothing in them was learned.
 NOT_WEIGHTS = re.compile(r"(^|\.)(freqs_cis|causal_mask|kv_cache\.[kv]_cache|codebook_used)$")
@@ -177,11 +179,7 @@ def agreed(what: str, claims: dict[str, Any]) -> Any:
 
 def as_grid(grid_size: int | Sequence[int]) -> tuple[int, int]:
     """(height, width) of a grid; one number for a square."""
-    grid = (grid_size,) * 2 if isinstance(grid_size, int) else tuple(grid_size)
-    grid = grid * 2 if len(grid) == 1 else grid
-    if len(grid) != 2 or min(grid) < 1:
-        raise ValueError(f"`grid_size` must be a positive (height, width), got {grid_size}.")
-    return grid
+    return height_width("grid_size", grid_size)
 
 
 def check_official(values: dict[str, tuple[Any, Any]]) -> None:

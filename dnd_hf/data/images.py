@@ -1,7 +1,7 @@
 """Images to tensors and back, and datasets of labelled images; sources.py opens them."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import chain, islice
@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..ops.number_checks import height_width
 from .rgb import as_rgb, correct_transparency, parse_background
 
 
@@ -22,12 +23,9 @@ MAX_NAMES = 8
 """Names of classes that a description gives."""
 
 
-def as_size(resolution: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
+def as_size(resolution: int | Sequence[int]) -> tuple[int, int]:
     """`256`, `[256]` or `[height, width]` as (height, width), pixels. Raises ValueError for anything else."""
-    sides = (resolution,) if isinstance(resolution, int) else tuple(resolution)
-    if len(sides) not in (1, 2) or any(side < 1 for side in sides):
-        raise ValueError(f"a size is one or two positive numbers, (height, width), got {resolution}.")
-    return sides[0], sides[-1]
+    return height_width("resolution", resolution)
 
 
 def check_stride(size: tuple[int, int], stride: tuple[int, int]) -> None:
@@ -88,7 +86,7 @@ class ImageTransform:
     ):
         if crop not in ("center", "random"):
             raise ValueError(f"`crop` must be 'center' or 'random', got {crop!r}.")
-        self.resolution = as_size(resolution)
+        self.resolution = height_width("resolution", resolution)
         self.covering_size = covering_size(self.resolution, crop_range)
         self.crop, self.random_flip = crop, random_flip
         self.background = parse_background(background)
@@ -136,7 +134,7 @@ class TenCrop:
     """
 
     def __init__(self, resolution: int | tuple[int, int], crop_range: float = 1.1, background: str = "white"):
-        self.resolution = as_size(resolution)
+        self.resolution = height_width("resolution", resolution)
         self.center = ImageTransform(covering_size(self.resolution, crop_range), background=background)
 
     def __call__(self, image: Image.Image) -> Tensor:

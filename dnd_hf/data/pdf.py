@@ -19,7 +19,7 @@ import datasets
 import numpy as np
 from datasets import Features, Value
 
-from .images import as_size
+from ..ops.number_checks import height_width
 from .picture_shards import Note
 
 
@@ -74,7 +74,7 @@ class PdfCrops:
     )
 
     def __post_init__(self):
-        page, crop = as_size(self.page_size), as_size(self.crop_size)
+        page, crop = height_width("page_size", self.page_size), height_width("crop_size", self.crop_size)
         if crop[0] > page[0] or crop[1] > page[1]:
             raise ValueError(f"crops of {crop} pixels (height, width) do not fit into pages of {page}.")
         if self.crops_per_page < 1:
@@ -133,7 +133,7 @@ class PdfCrops:
                         yield {"pdf": shown, **crop}
 
     def _crops(self, item: PageItem, picture, characters: list[str], boxes: np.ndarray, note: Note) -> Iterator[dict]:
-        height, width = as_size(self.crop_size)
+        height, width = height_width("crop_size", self.crop_size)
         if picture.height < height or picture.width < width:
             note.left_out["pages smaller than a crop"] += 1
             return
@@ -161,7 +161,7 @@ class PdfCrops:
             `(characters, 4)` in pixels: left, top, right, bottom.
         """
         pdfium = _pypdfium2()
-        height, width = as_size(self.page_size)
+        height, width = height_width("page_size", self.page_size)
         scale = min(width / page.get_width(), height / page.get_height())
         with closing(page.render(scale=scale * (1 - 1e-9))) as bitmap:  # its size is rounded up
             picture = bitmap.to_pil().convert("RGB")

@@ -18,7 +18,7 @@ import numpy as np
 from datasets import Features, Value
 from PIL import Image, ImageDraw, ImageFont
 
-from .images import as_size
+from ..ops.number_checks import height_width
 from .picture_shards import Note
 
 
@@ -132,7 +132,7 @@ class TextPictures:
     )
 
     def __post_init__(self):
-        self.height, self.width = as_size(self.image_size)
+        self.height, self.width = height_width("image_size", self.image_size)
         for name in ("font_size", "max_words", "min_words"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")

@@ -2,6 +2,8 @@
 
 from transformers import PreTrainedConfig
 
+from ..ops.number_checks import height_width
+
 
 RQ_TRANSFORMER_SIZES = {  # arXiv 2203.01941, Table 6 and the published models; name: (body, depth layers, width, heads)
     "355M": (24, 4, 1024, 16),  # with 2048 codes; 370M with 16384
@@ -96,10 +98,7 @@ class RQTransformerConfig(PreTrainedConfig):
             self.intermediate_size = 4 * self.hidden_size
         self._check_sizes()
         self._check_condition()
-        grid_size = (self.grid_size,) * 2 if isinstance(self.grid_size, int) else tuple(self.grid_size)
-        if len(grid_size) != 2 or min(grid_size) < 1:
-            raise ValueError(f"`grid_size` must be a positive (height, width), got {self.grid_size}.")
-        self.grid_size = list(grid_size)
+        self.grid_size = list(height_width("grid_size", self.grid_size))
         kwargs["num_labels"] = self.num_classes
         super().__post_init__(**kwargs)
 

@@ -211,8 +211,8 @@ def test_encrypted_broken_and_empty_pdfs_are_reported_and_the_others_read(folder
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"page_size": [1, 2, 3]}, "a size is one or two positive numbers"),
-        ({"crop_size": 0}, "a size is one or two positive numbers"),
+        ({"page_size": [1, 2, 3]}, r"`page_size` must be one whole number or \(height, width\)"),
+        ({"crop_size": 0}, "`crop_size` must be at least 1, got 0"),
         ({"crop_size": [100, 900]}, r"crops of \(100, 900\) pixels .* do not fit into pages of \(600, 800\)"),
         ({"crops_per_page": 0}, "`crops_per_page` must be positive, got 0"),
         ({"min_ink": 1.5}, r"`min_ink` must lie in \[0, 1\], got 1.5"),

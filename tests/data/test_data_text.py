@@ -157,7 +157,7 @@ def test_a_damaged_font_is_refused(tmp_path):
         ({"fonts": ["nowhere.ttf"]}, "nowhere.ttf is no font that can be used"),
         ({"fonts": [__file__]}, "test_data_text.py is no font that can be used"),
         ({"fonts": ["NoSuchFace"]}, "NoSuchFace is no font that can be used"),
-        ({"image_size": [1, 2, 3]}, "a size is one or two positive numbers"),
+        ({"image_size": [1, 2, 3]}, r"`image_size` must be one whole number or \(height, width\)"),
         ({"image_size": 60}, r"no room for a line of 38 pixels \(DejaVuSans\) inside a margin of 20"),
         ({"image_size": [512, 40]}, "no room for a line"),
         ({"font_size": 0}, "`font_size` must be positive, got 0"),

@@ -107,7 +107,7 @@ def test_a_mirror_image_stands_behind_its_picture(picture):
 def test_sizes_are_one_or_two_positive_numbers():
     assert as_size(8) == as_size([8]) == (8, 8) and as_size([8, 16]) == (8, 16)
     for wrong in (0, [], [8, 8, 8], [8, -1]):
-        with pytest.raises(ValueError, match="one or two positive numbers"):
+        with pytest.raises(ValueError, match="`resolution`"):
             as_size(wrong)
 
 
