@@ -1,9 +1,11 @@
 """Files and folders that are either whole or not there, and folders that resume with the same settings only."""
 
+import errno
 import json
 import os
 import reprlib
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,11 +89,48 @@ def keep_settings(file: str | os.PathLike, settings: Mapping[str, Any], what: st
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, settings)
         return
-    earlier = read_json(file)
-    changes = "; ".join(
+    changes = "; ".join(changes_of(read_json(file), settings))
+    if changes:
+        raise ValueError(f"{file.parent} holds {what}: {changes}.")
+
+
+def changes_of(earlier: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """What differs between two records of settings, each with its old and its new value: "seed was 0 and is 1"."""
+    earlier, settings = (json.loads(json.dumps(dict(one))) for one in (earlier, settings))
+    return [
         f"{name} was {reprlib.repr(earlier.get(name))} and is {reprlib.repr(settings.get(name))}"
         for name in settings | earlier
         if earlier.get(name) != settings.get(name)
-    )
-    if changes:
-        raise ValueError(f"{file.parent} holds {what}: {changes}.")
+    ]
+
+
+@contextmanager
+def locked(folder: str | os.PathLike) -> Iterator[None]:
+    """Inside, no other process can enter this for the folder, which is made where missing.
+
+    The lock belongs to the process and ends with it, however it ends. File systems that know no locks have none.
+
+    Raises:
+        ValueError: another process holds it; the message says which.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    path = Path(folder, ".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by workers, unlike flock
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                raise ValueError(f"another run is writing to {folder}: {file.read().strip()}.") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

@@ -8,7 +8,6 @@ in the order of the source, except for broken ones, which `broken_images.jsonl` 
 whatever the hardware prefers, because rounding changes them.
 """
 
-import hashlib
 import logging
 from collections import defaultdict
 from dataclasses import dataclass
@@ -37,6 +36,8 @@ from dnd_hf.data.images import (
     check_broken_share,
     check_stride,
 )
+from dnd_hf.files import read_json
+from dnd_hf.training.settings import fingerprint, model_settings
 
 
 logger = logging.getLogger(__name__)
@@ -111,14 +112,6 @@ class ExtractionArguments(ImageArguments):
             return TenCrop(size, self.crop_range, self.background)
         transform = ImageTransform(size, crop_range=self.crop_range, background=self.background)
         return WithMirrorImage(transform) if self.with_mirror_image else transform
-
-
-def fingerprint(vae: RQVAE) -> str:
-    """A hash of the tokenizer's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 @torch.inference_mode()
@@ -202,7 +195,13 @@ def main(args: ExtractionArguments) -> None:
         "num_parts": dataset.num_parts(args.shard_size),
         "class_names": dataset.class_names,
         "vqvae": fingerprint(vae),
+        "vqvae_config": model_settings(vae),
     }
+    record = Path(args.output_dir, "extraction.json")
+    if record.is_file() and "vqvae_config" not in read_json(record):
+        del settings["vqvae_config"]
+        if state.is_main_process:
+            print(f"{record} does not record the tokenizer's configuration, which is therefore not compared.")
     with state.main_process_first():
         writer = CodesWriter(args.output_dir, codes_features(shape, dataset.class_names), settings)
     if writer.is_complete:

@@ -9,7 +9,7 @@ The result, `output_dir`, is a whole pipeline: `DnDPipeline.from_pretrained(outp
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import set_seed
@@ -27,6 +27,7 @@ from dnd_hf.training.environment import RunEnvironment
 from dnd_hf.training.images import load_training_images
 from dnd_hf.training.optimization import weight_decay_groups
 from dnd_hf.training.run import TrainingRun
+from dnd_hf.training.settings import fingerprint, model_settings
 from dnd_hf.training.throughput import transformer_training_flops
 
 
@@ -164,6 +165,11 @@ class DnDTraining(TrainingRun):
             tokens_per_sample=transformer.config.sequence_length,
             flops_per_sample=transformer_training_flops(transformer.config),
         )
+
+    def facts(self) -> dict[str, Any]:
+        codes = {"codes": self.dataset.dataset.rows._fingerprint} if self.args.codes_dir else {}
+        tokenizer = {"tokenizer": fingerprint(self.vae), "tokenizer_config": model_settings(self.vae)}
+        return super().facts() | {"class_names": self.class_names} | codes | tokenizer
 
     def codes_of(self, batch: dict[str, Tensor]) -> Tensor:
         """`(batch, height, width, depth)`: those of the batch, or of its images."""

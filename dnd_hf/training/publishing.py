@@ -18,6 +18,7 @@ from ..figures import markdown_table
 from ..files import read_json, write_text
 from ..pipelines.model_cards import pipeline_card, tokenizer_card, training_sections
 from .metrics import read_metrics
+from .settings import public
 
 
 NOT_UPLOADED = "checkpoint-*"
@@ -115,12 +116,6 @@ def _is_on_hub(name: str | None) -> bool:
     return name is not None and name != "words" and not Path(name).exists()
 
 
-def _public(value: object) -> str:
-    """An option's value as text, a local path by its last name."""
-    path = Path(str(value))
-    return path.resolve().name if value != "" and (path.is_absolute() or path.exists()) else str(value)
-
-
 def _source(args: RunArguments) -> tuple[str | None, str]:
     """The data set that was trained on, also where its codes were, and the split."""
     notes = Path(getattr(args, "codes_dir", None) or "", "extraction.json")
@@ -137,7 +132,7 @@ def _describe(dataset: str | None, split: str) -> str:
         return "`words`: pictures of words that dnd_hf renders"
     if _is_on_hub(dataset):
         return f"[{dataset}](https://huggingface.co/datasets/{dataset}), {split}"
-    return f"The local data set `{_public(dataset)}`"
+    return f"The local data set `{public(dataset)}`"
 
 
 def _command(args: RunArguments) -> str:
@@ -149,7 +144,7 @@ def _command(args: RunArguments) -> str:
         if value == default or field.name.startswith(("hub_", "push_", "resume_")):
             continue
         values = value if isinstance(value, list) else [value]
-        lines.append(shlex.join([f"--{field.name}", *map(_public, values)]))
+        lines.append(shlex.join([f"--{field.name}", *(str(public(value)) for value in values)]))
     return " \\\n    ".join(lines)
 
 

@@ -4,9 +4,10 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +19,15 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from ..figures import plot_training_curves, save_image_grid
+from ..files import locked
 from .checkpoints import find_checkpoint, remove_unfinished, save_checkpoint
 from .data_order import TrainingStream, mixed_seed
 from .environment import RunEnvironment
 from .metrics import MetricsWindow, read_metrics
 from .optimization import WeightAverage, averaged_weights, whole_tensor
 from .publishing import upload_run, write_model_card
+from .safe_loading import check_pickles
+from .settings import check_settings, write_settings
 from .throughput import matmul_rate, peak_memory
 
 
@@ -104,20 +108,36 @@ class TrainingRun(ABC):
                 are finite and pass `check`, so the last one is good. Or the upload failed; the result is complete.
         """
         args, accelerator = self.args, self.accelerator
-        if self.environment.checkpoint is not None:
-            accelerator.load_state(str(self.environment.checkpoint))
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        if accelerator.is_main_process:
-            remove_unfinished(self.output_dir)
-        accelerator.init_trackers("dnd_hf", {name: str(value) for name, value in asdict(args).items()})
-        self._run_steps()
-        self.progress.close()
-        self._export(self.output_dir)
-        if accelerator.is_main_process:
-            write_model_card(args, self.environment.repo_id, accelerator, len(self.dataset))
-        accelerator.end_training()
+        self._resume()
+        with locked(self.output_dir) if accelerator.is_main_process else nullcontext():
+            if accelerator.is_main_process:
+                remove_unfinished(self.output_dir)
+            accelerator.wait_for_everyone()
+            accelerator.init_trackers("dnd_hf", {name: str(value) for name, value in asdict(args).items()})
+            self._run_steps()
+            self.progress.close()
+            self._export(self.output_dir)
+            if accelerator.is_main_process:
+                write_model_card(args, self.environment.repo_id, accelerator, len(self.dataset))
+            accelerator.end_training()
         if self.environment.repo_id is not None:
             upload_run(self.output_dir, self.environment.repo_id)
+
+    def facts(self) -> dict[str, Any]:
+        """What the result depends on beside the options, as JSON values; a run resumes only where they are the same."""
+        return {
+            "samples_per_step": self.environment.samples_per_step,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "num_train_samples": len(self.dataset),
+        }
+
+    def _resume(self) -> None:
+        checkpoint = self.environment.checkpoint
+        if checkpoint is not None:
+            told = check_settings(checkpoint, self.args, self.facts())
+            check_pickles(checkpoint)
+            self.accelerator.load_state(str(checkpoint))
+            self.accelerator.print(f"Resumed at step {self.first_step:,} from {checkpoint}. {told}".strip())
 
     def _run_steps(self) -> None:
         args, step = self.args, self.first_step
@@ -237,8 +257,13 @@ class TrainingRun(ABC):
             self.output_dir,
             step,
             self.args.checkpoints_total_limit,
-            lambda folder: self._export(folder / self.result_name),
+            self._fill_checkpoint,
         )
+
+    def _fill_checkpoint(self, folder: Path) -> None:
+        self._export(folder / self.result_name)
+        if self.accelerator.is_main_process:
+            write_settings(folder, self.args, self.facts())
 
     def _export(self, folder: Path) -> None:
         with self.averaged_model() as averaged:
