@@ -154,6 +154,24 @@ def make_rq_model():
 
 
 @pytest.fixture
+def make_rq_pipeline(make_rq_model, make_vae):
+    """A function that makes a pipeline of the tiny RQ-Transformer with four named classes and the tiny tokenizer."""
+    from dnd_hf import DnDPipeline
+
+    def make(**overrides) -> DnDPipeline:
+        vqvae = make_vae()
+        names = dict(enumerate(("tench", "goldfish", "great white shark", "tiger shark")))
+        sizes = dict(code_depth=2, code_vector_size=4, id2label=names)
+        transformer = make_rq_model(**{**sizes, **overrides})
+        transformer.set_code_vectors(vqvae.quantizer.codebooks)
+        pipe = DnDPipeline(transformer=transformer, vqvae=vqvae)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
+
+
+@pytest.fixture
 def make_rq_inputs():
     """A function that makes the first argument of an RQ-Transformer, classes or prompts, and random codes."""
 

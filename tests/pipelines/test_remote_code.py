@@ -9,11 +9,26 @@ import diffusers.utils.dynamic_modules_utils as diffusers_modules
 import pytest
 import transformers.dynamic_module_utils as transformers_modules
 
-from dnd_hf import RQVAE, DnDConfig, DnDForImageGeneration, DnDPipeline
+from dnd_hf import (
+    RQVAE,
+    DnDConfig,
+    DnDForImageGeneration,
+    DnDPipeline,
+    RQTransformerConfig,
+    RQTransformerForImageGeneration,
+)
 from dnd_hf.pipelines.remote_code import joined_modules, remote_code
 
 
-@pytest.mark.parametrize("classes", [(DnDPipeline,), (DnDForImageGeneration, DnDConfig), (RQVAE,)], ids=repr)
+FILES = [
+    (DnDPipeline,),
+    (DnDForImageGeneration, DnDConfig),
+    (RQTransformerForImageGeneration, RQTransformerConfig),
+    (RQVAE,),
+]
+
+
+@pytest.mark.parametrize("classes", FILES, ids=lambda classes: classes[0].__name__)
 def test_the_libraries_find_no_import_in_it_that_is_missing_or_relative(classes, tmp_path, monkeypatch, caplog):
     file = tmp_path / "code.py"
     file.write_text(remote_code(*classes))
