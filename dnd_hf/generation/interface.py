@@ -6,7 +6,7 @@ sequence for each), T tokens, L grid cells in raster order, D depth, C hidden si
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class ImageCodeModel(Protocol):
     `sequence_length` (height * width), `code_depth`, `vocab_size`, `num_classes` and `has_null_class`.
     """
 
-    config: object
+    config: Any
     device: torch.device
     dtype: torch.dtype
     heads: nn.ModuleList

@@ -38,8 +38,8 @@ class SamplingLoop:
         self.noise_BLD = torch.zeros(self.codes_BLD.shape, dtype=torch.float64, device=device)
         self.scales_L = torch.ones(config.sequence_length, dtype=torch.float32, device=device)
         self.cell = torch.zeros(1, dtype=torch.int64, device=device)
-        self.finite = torch.ones((), dtype=torch.bool, device=device)
-        """Whether all logits were finite. Codes that are drawn from others mean nothing."""
+        self.finite_B = torch.ones(batch, dtype=torch.bool, device=device)
+        """Whether all logits of an image were finite. Codes that are drawn from others mean nothing."""
         self.token_RTC: Tensor | None = None
         self.first_position = 0
 
@@ -59,7 +59,7 @@ class SamplingLoop:
         self.scales_L.copy_(torch.tensor(scales, dtype=torch.float32))
         self.codes_BLD.zero_()
         self.cell.zero_()
-        self.finite.fill_(True)
+        self.finite_B.fill_(True)
         if self.guided:
             conditions_BT = torch.cat([conditions_BT, self.model.null_conditions(conditions_BT)])
         self.first_position = conditions_BT.shape[1] - 1
@@ -97,7 +97,7 @@ class SamplingLoop:
         Raises:
             ValueError: they were drawn from logits that are not finite.
         """
-        if not self.finite:
+        if not self.finite_B[: self.images].all():
             raise ValueError(
                 "the logits are not finite numbers (NaN or infinite): the weights are broken or overflow in"
                 f" {self.model.dtype}, or `temperature` is too small or `guidance_scale` too large."
@@ -110,11 +110,11 @@ class SamplingLoop:
         if self.guided:
             logits_BV = guide(logits_BV, self.scales_L[self.cell])
         if self.filters is None:
-            codes_B = logits_BV.argmax(-1)
+            codes_B, finite_B = logits_BV.argmax(-1), logits_BV.amax(-1).isfinite()
         else:
-            logits_BV = self.filters[k](None, logits_BV)
-            codes_B = draw(logits_BV, self.noise_BLD[:, self.cell, k].squeeze(1))
-        self.finite.logical_and_(logits_BV.amax(-1).isfinite().all())
-        codes_B = codes_B.clamp(max=logits_BV.shape[-1] - 1)  # where they are not finite, there is no code
+            codes_B = draw(self.filters[k](None, logits_BV), self.noise_BLD[:, self.cell, k].squeeze(1))
+            finite_B = codes_B < logits_BV.shape[-1]
+            codes_B = codes_B.clamp_(max=logits_BV.shape[-1] - 1)
+        self.finite_B.logical_and_(finite_B)
         self.codes_BLD[:, self.cell, k] = codes_B[:, None]
         return (codes_B.repeat(2) if self.guided else codes_B)[:, None]

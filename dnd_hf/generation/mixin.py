@@ -116,11 +116,11 @@ class ImageGenerationMixin(ScoringMixin, GenerationMixin):
         return SamplingLoop(self, runner, batch, settings, device)
 
     def _graphed_loop(self, settings: SamplingSettings, conditions_BT: Tensor) -> GraphedLoop:
-        weights = tuple(weight.data_ptr() for weight in self.parameters())
-        if self._kept_loops is None or self._kept_loops.weights != weights:
-            self._kept_loops = KeptLoops(weights)
+        weights, kept = tuple(weight.data_ptr() for weight in self.parameters()), self._kept_loops
+        if kept is None or kept.weights != weights:
+            kept = self._kept_loops = KeptLoops(weights)
         batch = 2 ** (len(conditions_BT) - 1).bit_length()
-        return self._kept_loops.take(self, batch, conditions_BT.shape[1], settings)
+        return kept.take(self, batch, conditions_BT.shape[1], settings)
 
     def _check_cuda_graphs(self, device: torch.device) -> None:
         attention = self.config._attn_implementation

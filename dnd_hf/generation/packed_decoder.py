@@ -33,7 +33,7 @@ def packed_runner(model: ImageCodeModel, rows: int) -> ModelRunner:
     """A model whose weights do not change while the runner is in use; for about so many rows."""
     decoders = [PackedDecoder(stack, rows) for stack in model.layer_stacks(model.device)]
     heads = head_of_each_depth([joined([head], rows) for head in model.heads], model.config.code_depth)
-    return ModelRunner(decoders, heads, packed_context)
+    return ModelRunner(decoders, heads, packed_context if torch.is_autocast_enabled("cpu") else torch.inference_mode)
 
 
 @contextmanager
@@ -116,19 +116,27 @@ class PackedAttention:
         `(T, positions with room)`."""
         (rows, count, _), sequences = hidden_RTC.shape, len(self.keys)
         qkv = self.qkv_proj(hidden_RTC).view(rows, count, -1, self.head_dim)
-        turned, value = qkv[:, :, : -self.kv_heads], qkv[:, :, -self.kv_heads :]
+        heads = qkv.shape[2] - 2 * self.kv_heads
+        turned, value = qkv.split((heads + self.kv_heads, self.kv_heads), 2)
         if rotary is not None:
             cos, sin = rotary
             turned = torch.addcmul(turned * cos, turned.roll(self.head_dim // 2, -1), sin)
-        query, key = turned[:, :, : -self.kv_heads] * self.scaling, turned[:, :, -self.kv_heads :]
-        for memory, new in ((self.keys, key), (self.values, value)):
-            memory[:, position : position + count] = new.transpose(1, 2).reshape(sequences, count, -1)
-        # Heads that share keys, and the tokens, are the rows of one product.
-        query = query.unflatten(2, (self.kv_heads, -1)).permute(0, 2, 3, 1, 4).reshape(sequences, -1, self.head_dim)
-        scores = query @ self.keys.mT
-        scores.unflatten(1, (-1, count)).add_(mask)
+        query, key = turned.split((heads, self.kv_heads), 2)
+        query = query * self.scaling
+        if count > 1:  # sequences, then tokens; of heads that share keys, the tokens are the rows of one product
+            key, value = key.transpose(1, 2), value.transpose(1, 2)
+            query = query.unflatten(2, (self.kv_heads, -1)).permute(0, 2, 3, 1, 4)
+        self.keys.narrow(1, position, count).copy_(key.reshape(sequences, count, self.head_dim))
+        self.values.narrow(1, position, count).copy_(value.reshape(sequences, count, self.head_dim))
+        scores = query.reshape(sequences, -1, self.head_dim) @ self.keys.mT
+        if count > 1:
+            scores.unflatten(1, (-1, count)).add_(mask)
+        else:
+            scores.add_(mask)
         attended = scores.softmax(-1) @ self.values
-        attended = attended.view(rows, -1, count, self.head_dim).transpose(1, 2).reshape(rows, count, -1)
+        if count > 1:
+            attended = attended.view(rows, -1, count, self.head_dim).transpose(1, 2)
+        attended = attended.reshape(rows, count, -1)
         return self.o_proj(attended)
 
 
