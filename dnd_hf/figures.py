@@ -16,15 +16,18 @@ def save_image_grid(images: list[Image.Image], columns: int, path: str | Path) -
     make_image_grid(images + blanks, rows, columns).save(path)
 
 
-def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table of rows, its columns those of the first row that are not None everywhere; numbers to five digits."""
-    columns = [name for name in rows[0] if any(row.get(name) is not None for row in rows)]
+def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None, digits: int = 5) -> str:
+    """A table of rows. Columns that are None in every row are left out; numbers have so many significant digits.
+
+    `columns` are those of the first row where None.
+    """
+    columns = [name for name in columns or rows[0] if any(row.get(name) is not None for row in rows)]
 
     def line(cells: Sequence[str]) -> str:
         return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
     def show(value: Any) -> str:
-        return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+        return "" if value is None else f"{value:.{digits}g}" if isinstance(value, float) else str(value)
 
     lines = [line(columns), "|" + "---|" * len(columns)]
     return "\n".join(lines + [line([show(row.get(name)) for name in columns]) for row in rows])

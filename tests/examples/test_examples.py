@@ -200,7 +200,7 @@ def test_benchmark_times_every_section_and_knows_its_floor(folder):
         " --tokenize_batch_sizes 1 --image_size 32 --extract_images 2 --repeats 1 --output_dir benchmark"
         " --growth_batch_sizes 2 --growth_grid_sizes 1 3 --growth_depths 4"
     )
-    launch(ALONE, "benchmark.py", options, folder)
+    launch(ALONE, "benchmark", options, folder)
     rows = json.loads((folder / "benchmark" / "benchmark.json").read_text())["rows"]
     assert [line["section"] for line in rows] == [
         "decode", "train", *["quantize"] * 2, *["tokenize"] * 3, "extract", *["growth"] * 4

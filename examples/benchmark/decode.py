@@ -1,0 +1,118 @@
+"""The suites decode and growth: sampling codes from labels, beside the official code and beside the floor."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from official import Reference
+from options import BenchmarkArguments
+from timing import extra_memory, read_bandwidth, row, side_by_side, timed
+from torch import Tensor, nn
+
+from dnd_hf import DnDConfig, DnDForImageGeneration
+from dnd_hf.generation.packed_decoder import packed_runner
+from dnd_hf.training.throughput import matmul_rate
+
+
+def decode(
+    args: BenchmarkArguments, device: torch.device, reference: Reference | None, more: bool = True
+) -> Iterator[dict]:
+    """Sampling codes from labels, with guidance; the official code at the better of its two precisions on CPUs.
+
+    `more`: also the time of the first call and the memory, which take two calls.
+    """
+    dtype = getattr(torch, args.dtype)
+    model = make_transformer(args, device, torch.float32)
+    officials = {}
+    if reference:
+        precisions = (torch.float32, torch.bfloat16) if device.type == "cpu" else (dtype,)
+        officials = {precision: reference.transformer(model).to(device, precision) for precision in precisions}
+    model.to(dtype)
+    model.cuda_graphs = args.cuda_graphs and device.type == "cuda"
+    if args.torch_compile:
+        model.compile_repeated_blocks()
+    for batch in args.decode_batch_sizes:
+        labels = torch.arange(batch, device=device) % model.config.num_classes
+        options = dict(guidance_scale=args.guidance_scale, generator=torch.Generator(device).manual_seed(0))
+        functions = {"ours": partial(model.generate, labels, **options)}
+        once = {"first_call_s": timed(functions["ours"], device)} if more else {}
+        guided = 2 if args.guidance_scale != 1 else 1
+        functions |= decode_floors(model, guided * batch, args.repeats)
+        for precision, official in officials.items():
+            functions[str(precision)] = partial(
+                reference.generate, official, labels, model.config.sequence_length,
+                num_prediction_heads=args.code_depth, cfg_scale=args.guidance_scale, top_k=0, sample_logits=True,
+            )  # fmt: skip
+        seconds = side_by_side(functions, device, args.repeats)
+        if officials:
+            times = [seconds.pop(str(precision)) for precision in officials]
+            seconds["reference"] = min(times, key=median)
+        what = f"{args.size}, depth {args.code_depth}, batch {batch}, guidance {args.guidance_scale:g}, {args.dtype}"
+        if more:
+            once["memory_mb"] = extra_memory(functions["ours"], device)
+        yield row("decode", what, "images/s", batch, seconds, **once)
+
+
+def growth(args: BenchmarkArguments, device: torch.device, reference: Reference | None) -> Iterator[dict]:
+    """Decoding, without the official code, against the batch, the grid and the depth."""
+    sweeps = {
+        "batch": (args.growth_batch_sizes, lambda batch: dict(decode_batch_sizes=[batch])),
+        "grid": (args.growth_grid_sizes, lambda grid: dict(decode_batch_sizes=[1], grid_size=grid)),
+        "depth": (args.growth_depths, lambda depth: dict(decode_batch_sizes=[1], code_depth=depth)),
+    }
+    for kind, (values, settings) in sweeps.items():
+        for value in values:
+            for line in decode(replace(args, **settings(value)), device, None, more=False):
+                yield line | {"section": "growth", "against": kind, "value": value}
+
+
+def decode_floors(model: DnDForImageGeneration, sequences: int, repeats: int) -> dict[str, Callable[[], None]]:
+    """Functions that take as long as decoding must.
+
+    On CPUs: the matrix products of all steps, with the model's own weights, and then the time of reading the part of
+    the cache that is filled, at the measured bandwidth; in `floor` by PyTorch's linear layers, in `packed_floor` as
+    `generate` multiplies, which is faster. On GPUs: the larger of bytes (weights and cache) over the measured bandwidth
+    and operations over the measured matrix rate.
+    """
+    config, device, dtype = model.config, model.device, model.dtype
+    steps = config.sequence_length
+    layers = config.prediction_layers[-1] + 1
+    item = torch.finfo(dtype).bits // 8
+    entries = 2 * layers * sequences * config.num_key_value_heads * config.head_dim
+    cache_bytes = item * entries * steps * (steps + 1) / 2
+    weights = [m.weight for layer in model.layers[:layers] for m in layer.modules() if isinstance(m, nn.Linear)]
+    weights += [model.head(k).weight for k in range(config.code_depth)]
+    bandwidth = read_bandwidth(device, repeats)
+    if device.type == "cpu":
+        inputs = {weight.shape[1]: torch.randn(sequences, weight.shape[1], dtype=dtype) for weight in weights}
+        plain = [(inputs[weight.shape[1]], partial(F.linear, weight=weight)) for weight in weights]
+        runner = packed_runner(model, sequences)
+        products = [*runner.heads, *(product for layer in runner.decoders[0].layers for product in layer.products)]
+        packed = [(inputs[product.in_features], product) for product in products]
+
+        def run(products: list[tuple[Tensor, Callable]]) -> None:
+            with torch.inference_mode():
+                for _ in range(steps):
+                    for values, product in products:
+                        product(values)
+            time.sleep(cache_bytes / bandwidth)
+
+        return {"floor": partial(run, plain), "packed_floor": partial(run, packed)}
+    weight_count = sum(weight.numel() for weight in weights)
+    by_memory = (steps * weight_count * item + cache_bytes) / bandwidth
+    by_arithmetic = 2 * steps * weight_count * sequences / matmul_rate(device, dtype)
+    return {"floor": partial(time.sleep, max(by_memory, by_arithmetic))}
+
+
+def make_transformer(args: BenchmarkArguments, device: torch.device, dtype: torch.dtype) -> DnDForImageGeneration:
+    """A transformer of the size asked for, with random weights in its heads too."""
+    torch.manual_seed(0)
+    config = DnDConfig.from_size(args.size, code_depth=args.code_depth, grid_size=args.grid_size)
+    model = DnDForImageGeneration(config)
+    for head in model.heads:
+        nn.init.normal_(head.weight, std=0.02)
+    return model.to(device, dtype)

@@ -1,0 +1,67 @@
+"""The options of the benchmark, which all suites share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from transformers.hf_argparser import HfArg
+
+from dnd_hf.figures import import_figure
+
+
+SECTIONS = ("decode", "train", "quantize", "tokenize", "extract", "growth")
+
+
+@dataclass
+class BenchmarkArguments:
+    """Options of this script; they can also be in a YAML file given as `--config`."""
+
+    sections: list[str] = HfArg(default_factory=lambda: list(SECTIONS), help=f"What to time: {', '.join(SECTIONS)}.")
+    reference: str | None = HfArg(
+        default=None, help="Checkout of the official repository; without it, its columns stay out."
+    )
+    output_dir: str | None = HfArg(default=None, help="Also write benchmark.json and benchmark.md there.")
+    repeats: int = HfArg(default=5, help="Times that each is run, after one that does not count.")
+    device: str | None = HfArg(default=None, help="Default: a GPU where there is one.")
+    dtype: Literal["float32", "bfloat16"] = HfArg(default="bfloat16", help="Of decoding and training.")
+    torch_compile: bool = HfArg(
+        default=False,
+        help="Compile training steps and tokenizers, ours and the official ones, and our layers in decoding.",
+    )
+    cuda_graphs: bool = HfArg(default=True, help="On GPUs: replay our decoding steps as CUDA graphs.")
+    channels_last: bool = HfArg(default=False, help="Memory format of our tokenizer in tokenize.")
+    size: Literal["B", "L", "XL", "XXL", "XXXL"] = HfArg(default="B", help="Transformer of decode and train.")
+    code_depth: int = HfArg(default=2, help="Codes per position in decode, train and extract.")
+    grid_size: int = HfArg(default=16, help="Rows, and columns, of decode and train.")
+    guidance_scale: float = HfArg(default=2.0, help="Of decode.")
+    decode_batch_sizes: list[int] = HfArg(default_factory=lambda: [1, 8], help="Images decoded at once.")
+    train_batch_size: int = HfArg(default=8, help="Images of a training step.")
+    quantizer_depth: int = HfArg(default=8, help="Codes per position in quantize, of 16,384.")
+    quantizer_batch_size: int = HfArg(default=8, help="Images of 16 x 16 positions in quantize.")
+    tokenize_batch_sizes: list[int] = HfArg(default_factory=lambda: [1, 32], help="256-pixel images in tokenize.")
+    extract_images: int = HfArg(default=8, help="Images of ten crops in extract.")
+    image_size: int = HfArg(default=256, help="Pixels, of tokenize and extract.")
+    growth_batch_sizes: list[int] = HfArg(default_factory=lambda: [1, 2, 4, 8, 16], help="Of growth.")
+    growth_grid_sizes: list[int] = HfArg(default_factory=lambda: [8, 12, 16, 24, 32], help="Of growth, at batch 1.")
+    growth_depths: list[int] = HfArg(default_factory=lambda: [1, 2, 4, 8], help="Of growth, at batch 1.")
+
+    def __post_init__(self):
+        unknown = set(self.sections) - set(SECTIONS)
+        if unknown:
+            raise ValueError(f"--sections must be of {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}.")
+        for name in ("repeats", "code_depth", "grid_size", "train_batch_size", "quantizer_depth", "extract_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be positive, got {getattr(self, name)}.")
+        for name in (
+            "decode_batch_sizes",
+            "tokenize_batch_sizes",
+            "growth_batch_sizes",
+            "growth_grid_sizes",
+            "growth_depths",
+        ):
+            if not getattr(self, name) or min(getattr(self, name)) < 1:
+                raise ValueError(f"--{name} must be positive numbers, got {getattr(self, name)}.")
+        if "growth" in self.sections and self.output_dir:
+            import_figure()
+        if self.reference is not None and not Path(self.reference, "src", "dnd_transformer").is_dir():
+            raise ValueError(f"--reference {self.reference} is no checkout of the official repository.")
