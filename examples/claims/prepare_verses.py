@@ -1,0 +1,69 @@
+"""Writes the text of `verses`: the King James Bible of Debian's package bible-kjv, training books and held-out books.
+
+python examples/claims/prepare_verses.py --output_dir verses
+
+`train.jsonl` holds overlapping windows of the training books, one for a page: page breaks and line breaks then fall
+everywhere. `held_out.jsonl` holds the held-out books whole, one a line. Both have the columns "text" and "book".
+"""
+
+import argparse
+import json
+import re
+import subprocess
+from pathlib import Path
+
+
+HELD_OUT = ("Ruth", "Est", "Eccl", "Jonah", "John", "Gal", "Jas")
+"""5 % of the text: two narratives, wisdom, a prophet, a gospel and two letters. Of the gospels it is John, because the
+other three share whole passages with one another."""
+
+VERSE = re.compile(r"(?P<book>\d?[A-Za-z]+)\d+:\d+ (?P<text>.+)")
+
+WINDOW = 40
+"""Words of a window: more than the 8 lines of 16 letters of a page hold anywhere in this text."""
+
+
+def read_books() -> dict[str, list[str]]:
+    """The words of each book, by its abbreviation, without the numbers of the verses."""
+    command = ["bible", "-f", "Gen1:1-Rev22:21"]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    books: dict[str, list[str]] = {}
+    for line in lines:
+        verse = VERSE.fullmatch(line)
+        if verse is None:
+            raise ValueError(f"this line of `{' '.join(command)}` is no verse: {line!r}.")
+        books.setdefault(verse["book"], []).extend(verse["text"].split())
+    return books
+
+
+def windows(words: list[str], stride: int) -> list[str]:
+    """Each run of `WINDOW` words that begins at a multiple of `stride`."""
+    return [" ".join(words[start : start + WINDOW]) for start in range(0, len(words) - WINDOW + 1, stride)]
+
+
+def write(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    print(f"{path}: {len(rows)} texts")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder of the two files.")
+    parser.add_argument("--stride", type=int, default=4, help="Words from the start of a window to the next.")
+    args = parser.parse_args()
+    if args.stride < 1:
+        parser.error(f"--stride must be positive, got {args.stride}.")
+    books = read_books()
+    train = [
+        {"text": text, "book": book}
+        for book, words in books.items()
+        if book not in HELD_OUT
+        for text in windows(words, args.stride)
+    ]
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    write(args.output_dir / "train.jsonl", train)
+    write(args.output_dir / "held_out.jsonl", [{"text": " ".join(books[book]), "book": book} for book in HELD_OUT])
+
+
+if __name__ == "__main__":
+    main()
