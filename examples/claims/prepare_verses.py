@@ -2,8 +2,9 @@
 
 python examples/claims/prepare_verses.py --output_dir verses
 
-`train.jsonl` holds overlapping windows of the training books, one for a page: page breaks and line breaks then fall
-everywhere. `held_out.jsonl` holds the held-out books whole, one a line. Both have the columns "text" and "book".
+`train_books.jsonl` and `held_out_books.jsonl` hold the books whole, one a line; `train_windows.jsonl` holds overlapping
+windows of the training books, one for a page: page breaks and line breaks then fall everywhere. The columns are "text"
+and "book".
 """
 
 import argparse
@@ -48,21 +49,21 @@ def write(path: Path, rows: list[dict[str, str]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help="Folder of the two files.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder of the three files.")
     parser.add_argument("--stride", type=int, default=4, help="Words from the start of a window to the next.")
     args = parser.parse_args()
     if args.stride < 1:
         parser.error(f"--stride must be positive, got {args.stride}.")
     books = read_books()
-    train = [
-        {"text": text, "book": book}
-        for book, words in books.items()
-        if book not in HELD_OUT
-        for text in windows(words, args.stride)
-    ]
+    held_out = [{"text": " ".join(books.pop(book)), "book": book} for book in HELD_OUT]
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    write(args.output_dir / "train.jsonl", train)
-    write(args.output_dir / "held_out.jsonl", [{"text": " ".join(books[book]), "book": book} for book in HELD_OUT])
+    write(args.output_dir / "held_out_books.jsonl", held_out)
+    write(
+        args.output_dir / "train_books.jsonl",
+        [{"text": " ".join(words), "book": book} for book, words in books.items()],
+    )
+    rows = [{"text": text, "book": book} for book, words in books.items() for text in windows(words, args.stride)]
+    write(args.output_dir / "train_windows.jsonl", rows)
 
 
 if __name__ == "__main__":
