@@ -42,7 +42,12 @@ class TextImageArguments(ShardArguments):
     margin: int = HfArg(default=20, help="Pixels along each edge that no ink touches.")
     max_words: int = HfArg(default=100, help="Most words of a picture.")
     min_words: int = HfArg(default=1, help="Pictures of fewer words, such as the end of a text, are left out.")
-    line_spacing: float = HfArg(default=1.0, help="Distance of lines, in heights of the font's lines.")
+    line_spacing: float = HfArg(default=1.0, help="Distance of lines, in heights of a line.")
+    line_height: int | None = HfArg(
+        default=None,
+        help="Pixels of a line; default: the font's ascent and descent. Words with ink beyond it are left out.",
+    )
+    max_pictures: int | None = HfArg(default=None, help="Most pictures of a text, its first ones; default: all.")
     shard_characters: int = HfArg(default=200_000, help="Characters of text that a file is made of, at least.")
 
     def __post_init__(self):
@@ -62,6 +67,8 @@ class TextImageArguments(ShardArguments):
             self.min_words,
             self.line_spacing,
             self.seed,
+            self.line_height,
+            self.max_pictures,
         )
 
 

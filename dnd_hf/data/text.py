@@ -111,7 +111,10 @@ class TextPictures:
         font_size: pixels an em, which Pillow calls points.
         margin: pixels along each edge that no ink touches.
         max_words, min_words: of a picture; shorter ones (the end of a text) are left out and counted.
-        line_spacing: at least 1, of the height of the font's lines.
+        line_spacing: at least 1, of the height of a line.
+        line_height: pixels of a line, inside which its ink lies; default: the font's ascent and descent. Smaller, it
+            removes the gap that a font leaves between lines; a word with ink beyond it is larger than a line.
+        max_pictures: of a text, its first ones; default: all.
         seed: of the choice of fonts; text i depends on `(seed, i)` alone.
 
     Raises:
@@ -126,6 +129,8 @@ class TextPictures:
     min_words: int = 1
     line_spacing: float = 1.0
     seed: int = 0
+    line_height: int | None = None
+    max_pictures: int | None = None
 
     features = Features(
         {"image": datasets.Image(), "text": Value("string"), "font": Value("string"), "source": Value("int64")}
@@ -135,6 +140,9 @@ class TextPictures:
         self.height, self.width = height_width("image_size", self.image_size)
         for name in ("font_size", "max_words", "min_words"):
             if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        for name in ("line_height", "max_pictures"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
         for name in ("margin", "seed"):
             if getattr(self, name) < 0:
@@ -146,7 +154,7 @@ class TextPictures:
         if not self.fonts:
             raise ValueError("`fonts` must name at least one font.")
         for name in self.fonts:
-            line_height = _face(name, self.font_size).line_height
+            line_height = self._line_height(_face(name, self.font_size))
             if self.width <= 2 * self.margin or self.height < 2 * self.margin + line_height:
                 raise ValueError(
                     f"a picture of {self.height} x {self.width} pixels has no room for a line of {line_height} pixels"
@@ -159,8 +167,8 @@ class TextPictures:
 
     def wrap(self, words: list[str], face: Face) -> list[str]:
         """The lines of a picture that begins with the first of these words; [] where that is larger than a line."""
-        room, pitch = self.width - 2 * self.margin, face.line_height * self.line_spacing
-        num_lines = 1 + int((self.height - 2 * self.margin - face.line_height) / pitch)
+        room, line_height = self.width - 2 * self.margin, self._line_height(face)
+        num_lines = 1 + int((self.height - 2 * self.margin - line_height) / (line_height * self.line_spacing))
         lines, start = [], 0
         while len(lines) < num_lines and start < min(len(words), self.max_words):
             end, length = start, 0.0
@@ -178,9 +186,12 @@ class TextPictures:
             start = end
         return lines
 
+    def _line_height(self, face: Face) -> int:
+        return self.line_height or face.line_height
+
     def _fits(self, line: str, face: Face) -> bool:
         left, top, right, bottom = face.ink(line)
-        return right - min(left, 0) <= self.width - 2 * self.margin and top >= 0 and bottom <= face.line_height
+        return right - min(left, 0) <= self.width - 2 * self.margin and top >= 0 and bottom <= self._line_height(face)
 
     def draw(self, lines: list[str], face: Face) -> Image.Image:
         """The picture of these lines, mode "L"."""
@@ -188,7 +199,7 @@ class TextPictures:
         canvas = ImageDraw.Draw(picture)
         for number, line in enumerate(lines):
             left = min(face.ink(line)[0], 0)
-            top = self.margin + int(number * face.line_height * self.line_spacing)
+            top = self.margin + int(number * self._line_height(face) * self.line_spacing)
             canvas.text((self.margin - left, top), line, fill=0, font=face.font)
         return picture
 
@@ -200,8 +211,8 @@ class TextPictures:
             words = split_words(text)
             if not words:
                 note.left_out["empty texts"] += 1
-            start = 0
-            while start < len(words):
+            start = num_pictures = 0
+            while start < len(words) and num_pictures != self.max_pictures:
                 order = rng.permutation(len(faces))
                 chosen = next((number for number in order if faces[number].shows(words[start])), None)
                 if chosen is None:
@@ -220,6 +231,7 @@ class TextPictures:
                 if num_words < self.min_words:
                     note.left_out["pictures of too few words"] += 1
                     continue
+                num_pictures += 1
                 yield {"image": self.draw(lines, face), "text": shown, "font": face.path.name, "source": source}
 
 

@@ -131,6 +131,35 @@ def test_a_word_larger_than_a_line_is_left_out_and_counted():
     assert note.left_out == {"words larger than a line": 2}
 
 
+def test_with_a_line_height_the_letters_of_a_monospaced_face_fill_cells_exactly():
+    options = {"fonts": ["DejaVuSansMono"], "image_size": 128, "font_size": 13, "margin": 0, "line_height": 16}
+    prose = PROSE.replace("Ä", "A").replace("ÅNGSTRÖM", "angstrom").replace("Ñ", "N").replace("Öff", "Off")
+    rows = make(prose, **options)
+    assert " ".join(row["text"] for row in rows).split() == [word for word in prose.split() if len(word) <= 16]
+    font = Face("DejaVuSansMono", 13).font
+    for row in rows:
+        lines, canvas = textwrap.wrap(row["text"], 16, break_on_hyphens=False), Image.new("L", (128, 128), "white")
+        assert len(lines) <= 8
+        for y, line in enumerate(lines):
+            for x, letter in enumerate(line):
+                cell = Image.new("L", (8, 16), "white")
+                ImageDraw.Draw(cell).text((0, 0), letter, "black", font)
+                canvas.paste(cell, (8 * x, 16 * y))
+        assert np.array_equal(row["image"], canvas)
+
+
+def test_a_word_with_ink_beyond_the_line_height_is_left_out():
+    note = Note()
+    rows = make("on my own", note, fonts=["DejaVuSansMono"], image_size=128, font_size=13, margin=0, line_height=14)
+    assert [row["text"] for row in rows] == ["on", "own"] and note.left_out == {"words larger than a line": 1}
+
+
+def test_a_text_gives_its_first_max_pictures_pictures():
+    texts = [row["text"] for row in make(PROSE, image_size=128, font_size=13)]
+    assert len(texts) > 2
+    assert [row["text"] for row in make(PROSE, image_size=128, font_size=13, max_pictures=2)] == texts[:2]
+
+
 @pytest.mark.parametrize("character", ["\u0301", "א", "س", "\ue000", "漢", "\u200b"])
 def test_marks_right_to_left_scripts_and_missing_or_invisible_characters_cannot_be_shown(character):
     face = Face("DejaVuSans", 16)
@@ -166,6 +195,9 @@ def test_a_damaged_font_is_refused(tmp_path):
         ({"min_words": 9, "max_words": 8}, "`min_words` must not exceed `max_words`, got 9 and 8"),
         ({"margin": -1}, "`margin` must not be negative, got -1"),
         ({"seed": -1}, "`seed` must not be negative, got -1"),
+        ({"line_height": 0}, "`line_height` must be positive, got 0"),
+        ({"max_pictures": 0}, "`max_pictures` must be positive, got 0"),
+        ({"image_size": [39, 512], "margin": 0, "line_height": 40}, "no room for a line of 40 pixels"),
         ({"line_spacing": 0.9}, "`line_spacing` must be at least 1, got 0.9"),
     ],
 )
