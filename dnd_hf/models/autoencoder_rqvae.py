@@ -178,7 +178,7 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         """
         latents = self._encode(images)
         _check_latents(latents, images)
-        cells = self._to_cells(latents)
+        cells = self.cell_vectors(latents)
         codes = self.quantizer.encode(cells)
         losses = [F.mse_loss(cells.float(), self.quantizer.decode(codes, k + 1)) for k in range(codes.shape[-1])]
         output = RQVAEEncoderOutput(latents=latents, codes=codes, commitment_loss=torch.stack(losses).mean())
@@ -191,7 +191,7 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         """Latents `(batch, vq_embed_dim, height, width)`, quantized first unless `force_not_quantize`, to images."""
         if not force_not_quantize:
             check_finite("latents", latents)
-            quantized = self.quantizer.decode(self.quantizer.encode(self._to_cells(latents)))
+            quantized = self.quantizer.decode(self.quantizer.encode(self.cell_vectors(latents)))
             latents = self._from_cells(quantized.to(latents.dtype))
         sample = self._decode(latents)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
@@ -237,11 +237,23 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         if not quantize:
             output = RQVAEOutput(sample=self._decode(latents), codes=None, commitment_loss=latents.new_zeros(()))
             return output if return_dict else output.to_tuple()
-        quantized, codes, commitment_loss = self.quantizer(self._to_cells(latents))
+        quantized, codes, commitment_loss = self.quantizer(self.cell_vectors(latents))
         output = RQVAEOutput(
             sample=self._decode(self._from_cells(quantized)), codes=codes, commitment_loss=commitment_loss
         )
         return output if return_dict else output.to_tuple()
+
+    def cell_vectors(self, latents: Tensor) -> Tensor:
+        """What the quantizer reads of latents `(batch, vq_embed_dim, H, W)`: a vector for each code cell.
+
+        Returns:
+            `(batch, height, width, dim)`; a cell of several latent positions has their channels one after the other.
+        """
+        rows, columns = self.config.code_patch_size
+        batch, channels, height, width = latents.shape
+        cells = latents.view(batch, channels, height // rows, rows, width // columns, columns)
+        cells = cells.permute(0, 2, 4, 3, 5, 1).reshape(batch, height // rows, width // columns, -1)
+        return F.normalize(cells, dim=-1) if self.config.normalize_codes else cells
 
     def _encode(self, images: Tensor) -> Tensor:
         channels, (row_stride, column_stride) = self.config.in_channels, self.code_stride
@@ -259,14 +271,6 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
     def _decode(self, latents: Tensor) -> Tensor:
         tile = tuple(size // self.stride for size in self.tile_size)
         return self._in_parts(lambda x: self.decoder(self.post_quant_conv(x)), latents, tile, self.stride)
-
-    def _to_cells(self, latents: Tensor) -> Tensor:
-        # (batch, channels, H, W) -> (batch, height, width, rows * columns * channels)
-        rows, columns = self.config.code_patch_size
-        batch, channels, height, width = latents.shape
-        cells = latents.view(batch, channels, height // rows, rows, width // columns, columns)
-        cells = cells.permute(0, 2, 4, 3, 5, 1).reshape(batch, height // rows, width // columns, -1)
-        return F.normalize(cells, dim=-1) if self.config.normalize_codes else cells
 
     def _from_cells(self, cells: Tensor) -> Tensor:
         rows, columns = self.config.code_patch_size

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedConfig
 
-from ..ops.number_checks import height_width
+from ..ops.number_checks import check_positive, check_share, height_width, whole_number
 
 
 RQ_TRANSFORMER_SIZES = {  # arXiv 2203.01941, Table 6 and the published models; name: (body, depth layers, width, heads)
@@ -14,6 +14,23 @@ RQ_TRANSFORMER_SIZES = {  # arXiv 2203.01941, Table 6 and the published models; 
     "3.8B": (42, 6, 2560, 40),
 }
 RQ_TRANSFORMER_ACTIVATIONS = ("gelu", "quick_gelu")
+RQ_TRANSFORMER_SWITCHES = (
+    *("body_reads_code_vectors", "depth_reads_code_vectors", "sum_code_vectors"),
+    *("shared_codebook", "tie_code_embeddings", "tie_prediction_heads"),
+)
+LARGEST_RQ_TRANSFORMER_SIZES = {  # beyond which a configuration is taken for a mistake, or for an attack
+    "vocab_size": 2**24,
+    "hidden_size": 2**17,
+    "num_hidden_layers": 2**12,
+    "num_depth_layers": 2**12,
+    "num_attention_heads": 2**12,
+    "num_depth_attention_heads": 2**12,
+    "intermediate_size": 2**20,
+    "code_depth": 2**10,
+    "code_vector_size": 2**20,
+}
+LARGEST_RQ_TRANSFORMER_GRID_SIDE = 2**12
+LARGEST_CONDITION = 2**24
 
 
 class RQTransformerConfig(PreTrainedConfig):
@@ -95,36 +112,40 @@ class RQTransformerConfig(PreTrainedConfig):
         if self.depth_hidden_act is None:
             self.depth_hidden_act = self.hidden_act
         if self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
-        self._check_sizes()
-        self._check_condition()
-        self.grid_size = list(height_width("grid_size", self.grid_size))
-        kwargs["num_labels"] = self.num_classes
-        super().__post_init__(**kwargs)
+            self.intermediate_size = 4 * whole_number("hidden_size", self.hidden_size)
+        self._check_numbers()
+        self._set_condition(kwargs.pop("num_labels", None))
+        self.grid_size = list(height_width("grid_size", self.grid_size, LARGEST_RQ_TRANSFORMER_GRID_SIDE))
+        super().__post_init__(num_labels=self.num_classes, **kwargs)
 
-    def _check_sizes(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_depth_layers", "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.code_depth < 1:
-            raise ValueError(f"`code_depth` must be at least 1, got {self.code_depth}.")
-        if self.reads_code_vectors and self.code_vector_size < 1:
-            raise ValueError(f"`code_vector_size` must be at least 1, got {self.code_vector_size}.")
+    def _check_numbers(self) -> None:
+        for name, largest in LARGEST_RQ_TRANSFORMER_SIZES.items():
+            setattr(self, name, whole_number(name, getattr(self, name), maximum=largest))
         for name in ("num_attention_heads", "num_depth_attention_heads"):
-            if getattr(self, name) < 1 or self.hidden_size % getattr(self, name):
+            if self.hidden_size % getattr(self, name):
                 raise ValueError(f"`{name}` must divide `hidden_size` ({self.hidden_size}), got {getattr(self, name)}.")
         for name in ("hidden_act", "depth_hidden_act"):
             if getattr(self, name) not in RQ_TRANSFORMER_ACTIVATIONS:
                 raise ValueError(f"`{name}` must be one of {RQ_TRANSFORMER_ACTIVATIONS}, got {getattr(self, name)!r}.")
         for name in ("class_dropout_prob", "embedding_dropout", "residual_dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must lie in [0, 1), got {getattr(self, name)}.")
+            check_share(name, getattr(self, name))
+        for name in ("layer_norm_eps", "initializer_range"):
+            check_positive(name, getattr(self, name))
+        for name in RQ_TRANSFORMER_SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+        if self.tie_word_embeddings:
+            raise ValueError("`tie_word_embeddings` must be False; `tie_code_embeddings` shares those of the depths.")
 
-    def _check_condition(self) -> None:
+    def _set_condition(self, num_labels: int | None) -> None:
+        self.prompt_length = whole_number("prompt_length", self.prompt_length, 0, LARGEST_CONDITION)
+        self.prompt_vocab_size = whole_number("prompt_vocab_size", self.prompt_vocab_size, 0, LARGEST_CONDITION)
         if self.num_classes is None:
-            self.num_classes = 0 if self.prompt_length else 1000
-        if self.prompt_length < 0 or self.prompt_length == 1:
-            raise ValueError(f"`prompt_length` must be 0 (class labels) or at least 2, got {self.prompt_length}.")
+            named = 1000 if self.id2label is None else len(self.id2label)
+            self.num_classes = 0 if self.prompt_length else named if num_labels is None else num_labels
+        self.num_classes = whole_number("num_classes", self.num_classes, 0, LARGEST_CONDITION)
+        if self.prompt_length == 1:
+            raise ValueError("`prompt_length` must be 0 (class labels) or at least 2, got 1.")
         if self.prompt_length and (self.num_classes or self.prompt_vocab_size < 1):
             raise ValueError(
                 "With a prompt, `num_classes` must be 0 and `prompt_vocab_size` at least 1, got"
@@ -135,10 +156,17 @@ class RQTransformerConfig(PreTrainedConfig):
                 "Without a prompt, `num_classes` must be at least 1 and `prompt_vocab_size` 0, got"
                 f" {self.num_classes} and {self.prompt_vocab_size}."
             )
-        if not 0 <= self.prompt_loss_weight <= 1:
-            raise ValueError(f"`prompt_loss_weight` must lie in [0, 1], got {self.prompt_loss_weight}.")
-        if self.id2label is not None and len(self.id2label) != self.num_classes:
+        check_share("prompt_loss_weight", self.prompt_loss_weight)
+        if num_labels not in (None, self.num_classes):
+            raise ValueError(f"`num_labels` is another name of `num_classes` ({self.num_classes}), got {num_labels}.")
+        if self.id2label is not None:
+            self._check_names()
+
+    def _check_names(self) -> None:
+        if len(self.id2label) != self.num_classes:
             raise ValueError(f"`id2label` must name all {self.num_classes} classes, got {len(self.id2label)} names.")
+        if {str(key) for key in self.id2label} != {str(label) for label in range(self.num_classes)}:
+            raise ValueError(f"`id2label` must have the keys 0 to {self.num_classes - 1}, got {list(self.id2label)}.")
 
     @property
     def reads_code_vectors(self) -> bool:

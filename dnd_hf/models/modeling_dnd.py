@@ -19,6 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 from ..generation.interface import ChooseCodes, Decoder, LayerStack
 from ..generation.mixin import ImageGenerationMixin
 from ..ops.linear_cross_entropy import head_cross_entropy
+from ..ops.soft_targets import SoftTargets, check_targets
 from ..ops.tensor_checks import check_integers
 from .configuration_dnd import DnDConfig
 from .loading import LoadingMixin
@@ -135,6 +136,7 @@ class DnDForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTrainedModel)
         codes: Tensor,
         labels: Tensor | None = None,
         output_logits: bool = True,
+        soft_targets: SoftTargets | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
@@ -148,17 +150,19 @@ class DnDForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTrainedModel)
             labels: the targets, same shape; -100 leaves a code out of the loss.
             output_logits: False computes the loss piece by piece ([`head_cross_entropy`]), so that the logits, the
                 largest tensors of a training step, are never held as a whole.
+            soft_targets: the targets as distributions over the codes, in place of `labels`.
             output_hidden_states, output_attentions, return_dict: as in transformers; attentions need
                 `set_attn_implementation("eager")`.
 
         Raises:
             ValueError: types, shapes or ranges that do not fit each other or the configuration; neither labels nor
-                logits asked for. On a GPU a value out of its range is CUDA's device-side assertion instead, so that no
-                step waits for the device (see [`check_integers`]).
+                logits asked for; labels and soft targets both. On a GPU a value out of its range is CUDA's device-side
+                assertion instead, so that no step waits for the device (see [`check_integers`]).
         """
         config = self.config
         self._check_inputs(class_labels, codes, labels)
-        if labels is None and not output_logits:
+        check_targets(codes, labels, soft_targets, config.vocab_size)
+        if labels is None and soft_targets is None and not output_logits:
             raise ValueError("`output_logits=False` without `labels` leaves nothing to compute.")
         if output_attentions and config._attn_implementation != "eager":
             raise ValueError(
@@ -173,7 +177,9 @@ class DnDForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTrainedModel)
         def predict(k: int, hidden_BLC: Tensor) -> None:
             if output_logits:
                 logits.append(self.head(k)(hidden_BLC))
-            if output_logits and targets:
+            if soft_targets is not None:
+                sums.append(soft_targets.summed_cross_entropy(self.head(k), hidden_BLC.flatten(0, 1), k))
+            elif output_logits and targets:
                 sums.append(F.cross_entropy(logits[k].flatten(0, 1).float(), targets[k], reduction="sum"))
             elif targets:
                 sums.append(head_cross_entropy(self.head(k), hidden_BLC.flatten(0, 1), targets[k], config.vocab_size))
@@ -181,8 +187,9 @@ class DnDForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTrainedModel)
         self.read_by_heads(class_labels[:, None], codes, predict)
 
         loss = depth_losses = None
-        if targets:
-            sums, counts = torch.stack(sums), (torch.stack(targets) != -100).sum(1)
+        if sums:
+            counts = ((codes if labels is None else labels) != -100).sum((0, 1, 2))
+            sums = torch.stack(sums)
             loss, depth_losses = sums.sum() / counts.sum(), sums / counts
         logits = torch.stack(logits, dim=2) if output_logits else None
         return DnDOutput(loss=loss, depth_losses=depth_losses, logits=logits)

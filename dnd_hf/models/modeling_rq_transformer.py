@@ -22,6 +22,8 @@ from transformers.utils import ModelOutput
 from ..generation.interface import ChooseCodes, Decoder, LayerStack
 from ..generation.mixin import ImageGenerationMixin
 from ..ops.linear_cross_entropy import head_cross_entropy
+from ..ops.soft_targets import SoftTargets, check_targets
+from ..ops.tensor_checks import check_integers
 from .configuration_rq_transformer import RQTransformerConfig
 from .loading import LoadingMixin
 
@@ -173,6 +175,7 @@ class RQTransformerForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTra
         codes: Tensor,
         labels: Tensor | None = None,
         output_logits: bool = True,
+        soft_targets: SoftTargets | None = None,
         return_dict: bool | None = None,
     ) -> RQTransformerOutput | tuple[Tensor, ...]:
         """Predicts every code, and every text token after the first, from those before it (teacher forcing).
@@ -185,12 +188,17 @@ class RQTransformerForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTra
             labels: the targets, same shape; -100 leaves a code out of the loss.
             output_logits: False computes the loss piece by piece ([`head_cross_entropy`]), so that the logits, the
                 largest tensors of a training step, are never held as a whole.
+            soft_targets: the targets as distributions over the codes, in place of `labels`.
 
         Raises:
-            ValueError: shapes that do not fit each other or the configuration; neither labels nor logits asked for.
+            ValueError: types, shapes or ranges that do not fit each other or the configuration; neither labels nor
+                logits asked for; labels and soft targets both. On a GPU a value out of its range is CUDA's device-side
+                assertion instead, so that no step waits for the device (see [`check_integers`]).
         """
         self._check_inputs(class_labels, codes, labels)
-        if labels is None and not output_logits:
+        check_targets(codes, labels, soft_targets, self.config.vocab_size)
+        with_loss = labels is not None or soft_targets is not None
+        if not with_loss and not output_logits:
             raise ValueError("`output_logits=False` without `labels` leaves nothing to compute.")
         conditions_BT = class_labels if self.config.prompt_length else class_labels[:, None]
         prompts = conditions_BT[:, 1:]
@@ -203,27 +211,35 @@ class RQTransformerForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTra
         output, logits, sums = RQTransformerOutput(), [], []
         for k, hidden_BLC in enumerate(self.run_depth(context_BLC, codes.flatten(1, 2)).unbind(2)):
             logits.append(self.head(k)(hidden_BLC) if output_logits else None)
-            if labels is not None:
+            if soft_targets is not None:
+                sums.append(soft_targets.summed_cross_entropy(self.head(k), hidden_BLC.flatten(0, 1), k))
+            elif labels is not None:
                 targets = labels[..., k].flatten()
                 sums.append(_summed_loss(self.head(k), hidden_BLC, targets, self.config.vocab_size, logits[k]))
         if output_logits:
             output.logits = torch.stack(logits, dim=2)
-        if labels is not None:
-            sums, counts = torch.stack(sums), (labels != -100).sum((0, 1, 2))
+        if with_loss:
+            counts = ((codes if labels is None else labels) != -100).sum((0, 1, 2))
+            sums = torch.stack(sums)
             output.loss, output.depth_losses = sums.sum() / counts.sum(), sums / counts
         if self.config.prompt_length:
-            self._predict_prompt(output, prompt_BTC, prompts, labels is not None, output_logits)
+            self._predict_prompt(output, prompt_BTC, prompts, with_loss, output_logits)
         return output.to_tuple() if return_dict is False else output
 
     def _check_inputs(self, class_labels: Tensor, codes: Tensor, labels: Tensor | None) -> None:
         config = self.config
+        check_integers("class_labels", class_labels, config.num_conditions + config.has_null_class)
+        check_integers("codes", codes, config.vocab_size)
         grid = (*config.grid_size, config.code_depth)
         if codes.ndim != 4 or tuple(codes.shape[1:]) != grid:
             raise ValueError(f"`codes` must be (batch, {', '.join(map(str, grid))}), got shape {tuple(codes.shape)}.")
         expected = (len(codes), config.prompt_length) if config.prompt_length else (len(codes),)
         if tuple(class_labels.shape) != expected:
             raise ValueError(f"`class_labels` must have shape {expected}, got {tuple(class_labels.shape)}.")
-        if labels is not None and labels.shape != codes.shape:
+        if labels is None:
+            return
+        check_integers("labels", labels, config.vocab_size, ignored=-100)
+        if labels.shape != codes.shape:
             raise ValueError(f"`labels` must have the shape of `codes`, got {tuple(labels.shape)}.")
 
     def _predict_prompt(
@@ -379,6 +395,13 @@ class RQTransformerForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTra
             raise ValueError(
                 "`vqvae` must have the code vectors that `transformer` keeps (see `set_code_vectors`), it has others."
             )
+
+    def resize_token_embeddings(self, *args, **kwargs) -> None:
+        """Refused: the vocabulary is the tokenizer's codebook, whose codes an image model cannot gain or lose."""
+        raise NotImplementedError(
+            "`resize_token_embeddings` does not apply: `vocab_size` is the size of the tokenizer's codebook, and a new"
+            " codebook needs a new model."
+        )
 
     def compile_repeated_blocks(self, *args, **kwargs) -> None:
         """Compiles the layers of both stacks, for training and `generate`; the name and the arguments, those of

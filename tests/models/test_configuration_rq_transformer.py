@@ -91,6 +91,13 @@ def test_saving_keeps_every_value(tmp_path):
         ("prompt_loss_weight", dict(prompt_loss_weight=1.5)),
         ("code_vector_size", dict(code_vector_size=0)),
         ("id2label", dict(num_classes=2, id2label={0: "only"})),
+        ("id2label", dict(num_classes=2, id2label={1: "one", 2: "two"})),
+        ("num_labels", dict(num_classes=2, num_labels=3)),
+        ("hidden_size", dict(hidden_size=2**20)),
+        ("hidden_size", dict(hidden_size=96.0)),
+        ("shared_codebook", dict(shared_codebook="yes")),
+        ("tie_word_embeddings", dict(tie_word_embeddings=True)),
+        ("layer_norm_eps", dict(layer_norm_eps=0.0)),
     ],
 )
 def test_what_no_model_can_have_is_refused_by_name(name, options):

@@ -167,7 +167,11 @@ def test_gradient_checkpointing_changes_no_gradient(make_rq_model, make_rq_input
         ("codes", lambda labels, codes: (labels, codes.flatten(1, 2))),
         ("class_labels", lambda labels, codes: (labels[:1], codes)),
         ("class_labels", lambda labels, codes: (labels[:, None], codes)),
+        ("codes", lambda labels, codes: (labels, codes.float())),
+        ("codes", lambda labels, codes: (labels, codes + 11)),
+        ("class_labels", lambda labels, codes: (labels + 4, codes)),
         ("labels", lambda labels, codes: (labels, codes, codes[:1])),
+        ("labels", lambda labels, codes: (labels, codes, codes - 1)),
         ("labels", lambda labels, codes: (labels, codes, None, False)),
     ],
 )
