@@ -16,22 +16,24 @@ from dnd_hf.ops import linear_cross_entropy
 from dnd_hf.ops.linear_cross_entropy import head_cross_entropy, is_plain_linear, summed_cross_entropy
 
 
-@pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("trained", [(True, True, True), (True, False, True), (False, True, False)])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_the_cross_entropy_in_pieces_is_that_of_pytorch(precision, trained, monkeypatch):
+def test_the_cross_entropy_in_pieces_is_that_of_pytorch(precision, trained, biased, monkeypatch):
     monkeypatch.setattr(linear_cross_entropy, "LOGITS_AT_ONCE", 10 * 50)
     generator = torch.Generator().manual_seed(0)
-    values = (torch.randn(33, 16, generator=generator), torch.randn(50, 16, generator=generator))
+    shapes = [(33, 16), (50, 16), (50,)][: 2 + biased]
+    values = [torch.randn(shape, generator=generator) for shape in shapes]
     targets = torch.randint(50, (33,), generator=generator).masked_fill(torch.arange(33) % 4 == 1, -100)
     of_definition = [value.double().requires_grad_(needed) for value, needed in zip(values, trained)]
-    expected = F.cross_entropy(of_definition[0] @ of_definition[1].T, targets, reduction="sum")
+    expected = F.cross_entropy(F.linear(*of_definition), targets, reduction="sum")
     expected.backward(torch.tensor(3.0).double())
     ours = [value.clone().requires_grad_(needed) for value, needed in zip(values, trained)]
     tolerance = 1e-5 if precision == torch.float32 else 2e-2
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-        loss = summed_cross_entropy(*ours, targets)
+        loss = summed_cross_entropy(*ours[:2], targets, *ours[2:])
         with torch.no_grad():
-            assert torch.equal(summed_cross_entropy(*ours, targets), loss)
+            assert torch.equal(summed_cross_entropy(*ours[:2], targets, *ours[2:]), loss)
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=tolerance)
     for times in (1, 2):  # the graph can be used again
         loss.backward(torch.tensor(3.0), retain_graph=True)
@@ -53,14 +55,14 @@ def test_the_cross_entropy_of_liger_is_that_of_pytorch():
 
         linear_cross_entropy._liger_runs = lambda hidden: True
         torch.manual_seed(0)
-        hidden, weight = torch.randn(70, 64), torch.randn(300, 64) / 8
+        values = torch.randn(70, 64), torch.randn(300, 64) / 8, torch.randn(300)
         targets = torch.randint(300, (70,)).masked_fill(torch.arange(70) % 5 == 0, -100)
         results = []
         for dtype, loss_of in (
-            (torch.float64, lambda rows, matrix: F.cross_entropy(rows @ matrix.T, targets, reduction="sum")),
-            (torch.float32, lambda rows, matrix: linear_cross_entropy.summed_cross_entropy(rows, matrix, targets)),
+            (torch.float64, lambda *inputs: F.cross_entropy(F.linear(*inputs), targets, reduction="sum")),
+            (torch.float32, lambda *inputs: linear_cross_entropy.summed_cross_entropy(*inputs[:2], targets, inputs[2])),
         ):
-            inputs = [value.to(dtype, copy=True).requires_grad_() for value in (hidden, weight)]
+            inputs = [value.to(dtype, copy=True).requires_grad_() for value in values]
             loss = loss_of(*inputs)
             loss.backward()
             results.append((loss.detach(), *(value.grad for value in inputs)))
@@ -99,7 +101,6 @@ def odd_heads() -> dict[str, nn.Module]:
     plain = heads["replaced"].forward
     heads["replaced"].forward = lambda rows: plain(rows.sin())
     heads["tagged"].weight = nn.Parameter(heads["tagged"].weight.detach().as_subclass(TaggedWeight))
-    heads["bias"] = nn.Linear(16, 50)
     heads["subclass"] = Scaled(16, 50, bias=False)
     heads["two layers"] = nn.Sequential(nn.Linear(16, 4, bias=False), nn.Linear(4, 50, bias=False))
     return heads
