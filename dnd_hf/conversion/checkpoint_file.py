@@ -1,15 +1,19 @@
-"""The official checkpoint file: reading it safely, renaming its tensors, and checks that all conversions share."""
+"""The official files: reading them safely, renaming tensors, and checks that all conversions share."""
 
 import argparse
+import math
 import os
 import re
+import reprlib
+import textwrap
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from ..ops.number_checks import height_width
@@ -19,6 +23,10 @@ from ..ops.number_checks import height_width
 NOT_WEIGHTS = re.compile(r"(^|\.)(freqs_cis|causal_mask|kv_cache\.[kv]_cache|codebook_used)$")
 WRAPPERS = ("model", "module", "state_dict")  # as DDP, DeepSpeed and the RQ-VAEs' trainer save
 EMA_WRAPPERS = ("ema", "state_dict_ema")
+SHORT_REPR = reprlib.Repr()
+SHORT_REPR.maxlevel = 2
+MAX_CONFIG_SIZE = 2**20  # bytes
+MAX_CELLS = 2**20  # of a code grid; a larger one is a mistake, or meant to exhaust memory
 WRAPPER_PREFIX = re.compile(r"^((module|_orig_mod)\.)+")  # of DDP and torch.compile
 
 
@@ -56,17 +64,34 @@ class Checkpoint:
             name = re.sub(pattern, replacement, name)
         return renamed(mirrored(name, self.levels), inverted(self.names))
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, which must be there."""
+    def shape(self, name: str, dims: int) -> tuple[int, ...]:
+        """The shape of a tensor, which must be there and have `dims` dimensions."""
         if name not in self.tensors:
             found = listed([self.official_name(other) for other in self.tensors])
             raise ValueError(f"{self.path} must have the key `{self.official_name(name)}`, got {found}.")
-        return tuple(self.tensors[name].shape)
+        shape = tuple(self.tensors[name].shape)
+        if len(shape) != dims:
+            raise ValueError(
+                f"`{self.official_name(name)}` of {self.path} must have {dims} dimensions, got shape {shape}."
+            )
+        return shape
 
     def count(self, pattern: str) -> int:
-        """How many numbers from 0 up to the largest the group of `pattern` matches in the names."""
-        matches = (re.match(pattern, name) for name in self.tensors)
-        return max((int(match[1]) + 1 for match in matches if match), default=0)
+        """How many numbers the group of `pattern` matches in the names, which must be 0, 1, ... without a gap."""
+        try:
+            return count_numbers(self.tensors, pattern)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+
+    def argument(self, name: str, *kinds: type, default: Any = None) -> Any:
+        """A training argument, of one of these types; `default` where there is none."""
+        value = self.args.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"`args.{name}` of {self.path} must be {expected}, got {shown(value)}.")
+        return value
 
 
 def read_checkpoint(path: str | os.PathLike, use_ema: bool) -> Checkpoint:
@@ -74,20 +99,12 @@ def read_checkpoint(path: str | os.PathLike, use_ema: bool) -> Checkpoint:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint of tensors, or could run code.
+        ValueError: it is no checkpoint of tensors, could run code, or would unpack to more than the file holds.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"The checkpoint must be a file, there is none at {path}.")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            mappable = zipfile.is_zipfile(path)  # files from before torch 1.6 are not
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
-    except Exception as error:  # what is no pickle may fail in any way
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for `{code[1]}`, which could run code" if code else "it is damaged, or something else"
-        raise ValueError(f"{path} must be a PyTorch checkpoint of tensors and plain values: {reason}.") from error
-
+    content = _read_safely(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a dict of tensors, got {type(content).__name__}.")
     wrappers = EMA_WRAPPERS if use_ema else WRAPPERS
@@ -97,10 +114,13 @@ def read_checkpoint(path: str | os.PathLike, use_ema: bool) -> Checkpoint:
             f"{path} must have averaged weights under {' or '.join(wrappers)}, got keys {listed(content)}."
         )
     tensors = content[wrapper] if wrapper else content
-    if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not tensors or not all(isinstance(n, str) and isinstance(tensor, Tensor) for n, tensor in tensors.items()):
         raise ValueError(
             f"{path} must have tensors under {', '.join(wrappers)} or at the top, got keys {listed(tensors)}."
         )
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(f"`{name}` of {path} must be a dense tensor that lies in the file as large as it is.")
     tensors = {WRAPPER_PREFIX.sub("", name): tensor for name, tensor in tensors.items()}
     args = content.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
@@ -108,8 +128,54 @@ def read_checkpoint(path: str | os.PathLike, use_ema: bool) -> Checkpoint:
         path,
         {name: tensor for name, tensor in tensors.items() if not NOT_WEIGHTS.search(name)},
         args if isinstance(args, dict) else {},
-        tuple(tensors["freqs_cis"].shape) if "freqs_cis" in tensors else None,
+        _rotary_shape(path, tensors),
     )
+
+
+def _rotary_shape(path: Path, tensors: dict[str, Tensor]) -> tuple[int, ...] | None:
+    shape = tuple(tensors["freqs_cis"].shape) if "freqs_cis" in tensors else None
+    if shape is not None and (len(shape) != 3 or shape[0] < 2):
+        raise ValueError(f"`freqs_cis` of {path} must be (1 + cells, head_dim / 2, 2), got shape {shape}.")
+    return shape
+
+
+def _read_safely(path: Path) -> Any:
+    try:
+        mappable = zipfile.is_zipfile(path)  # files from before torch 1.6 are not
+        if mappable:
+            with zipfile.ZipFile(path) as file:
+                if sum(member.file_size for member in file.infolist()) > path.stat().st_size:
+                    raise ValueError("torch.save compresses nothing")
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+    except Exception as error:  # what is no pickle may fail in any way
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for `{code[1]}`, which could run code" if code else "it is damaged, or something else"
+        raise ValueError(f"{path} must be a PyTorch checkpoint of tensors and plain values: {reason}.") from error
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases, a few of which can stand for billions of values."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias")
+        return super().compose_node(parent, index)
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a configuration file, plain values only.
+
+    Raises:
+        ValueError: it is larger than any such file, no YAML, or has aliases.
+    """
+    if path.stat().st_size > MAX_CONFIG_SIZE:
+        raise ValueError(f"{path} must be at most {MAX_CONFIG_SIZE} bytes, got {path.stat().st_size}.")
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        reason = textwrap.shorten(str(error), 200)
+        raise ValueError(f"{path} must be YAML of plain values, it is not: {reason}") from error
 
 
 def load_weights(
@@ -156,15 +222,37 @@ def inverted(names: dict[str, str]) -> dict[str, str]:
 
 def mirrored(name: str, levels: int) -> str:
     """A name whose decoder level, if it has one, is counted from the other end of `levels`; 0 levels: as it is."""
-    if not levels:
-        return name
-    return re.sub(r"(?<=decoder\.up_blocks\.)\d+", lambda level: str(levels - 1 - int(level[0])), name)
+
+    def other_end(level: re.Match) -> str:
+        return str(levels - 1 - int(level[0])) if int(level[0]) < levels else level[0]
+
+    return re.sub(r"(?<=decoder\.up_blocks\.)\d{1,9}(?!\d)", other_end, name)
 
 
-def listed(names: Sequence[str] | Mapping[str, Any]) -> str:
+def shown(value: Any) -> str:
+    """A value for an error, in a line however large it is."""
+    return SHORT_REPR.repr(value)
+
+
+def listed(names: Iterable[str]) -> str:
     """The first few names, and how many more there are, for an error."""
     names = list(names)
-    return ", ".join(f"`{name}`" for name in names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    first = ", ".join(f"`{textwrap.shorten(str(name), 100)}`" for name in names[:6])
+    return first + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def count_numbers(names: Iterable[str], pattern: str) -> int:
+    """How many numbers the group of `pattern` matches at the start of the names.
+
+    Raises:
+        ValueError: they are not 0, 1, ... without a gap; so the count is never more than that of the names.
+    """
+    found = {match[1] for match in (re.match(pattern, name) for name in names) if match}
+    surplus = found - {str(number) for number in range(len(found))}
+    if surplus:
+        one = textwrap.shorten(max(surplus), 20)
+        raise ValueError(f"the {len(found)} numbers of `{pattern}` must be 0, 1, ... without a gap, got {one}.")
+    return len(found)
 
 
 def agreed(what: str, claims: dict[str, Any]) -> Any:
@@ -172,14 +260,17 @@ def agreed(what: str, claims: dict[str, Any]) -> Any:
     claims = {source: value for source, value in claims.items() if value is not None}
     values = list(claims.values())
     if any(value != values[0] for value in values):
-        said = ", ".join(f"{value} ({source})" for source, value in claims.items())
+        said = ", ".join(f"{shown(value)} ({source})" for source, value in claims.items())
         raise ValueError(f"{what} must be the same everywhere, got {said}.")
     return values[0] if values else None
 
 
 def as_grid(grid_size: int | Sequence[int]) -> tuple[int, int]:
     """(height, width) of a grid; one number for a square."""
-    return height_width("grid_size", grid_size)
+    grid = height_width("grid_size", grid_size)
+    if math.prod(grid) > MAX_CELLS:
+        raise ValueError(f"The code grid must have at most {MAX_CELLS} cells, got {grid}.")
+    return grid
 
 
 def check_official(values: dict[str, tuple[Any, Any]]) -> None:
@@ -187,3 +278,11 @@ def check_official(values: dict[str, tuple[Any, Any]]) -> None:
     for name, (value, fixed) in values.items():
         if value != fixed:
             raise ValueError(f"{name} must be {fixed} for the official code, got {value}.")
+
+
+def check_sizes(config: Mapping[str, Any], **allowed: Sequence[int]) -> None:
+    """Raises ValueError unless each of these sizes of a configuration is one that the weights can have."""
+    for name, sizes in allowed.items():
+        if type(config.get(name)) is not int or config[name] not in sizes:
+            expected = " or ".join(map(str, sizes)) if len(sizes) < 3 else f"{sizes[0]} to {sizes[-1]}"
+            raise ValueError(f"`{name}` must be {expected} as the weights are, got {shown(config.get(name))}.")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
@@ -19,7 +20,7 @@ from ..models.autoencoder_rqvae import RQVAE
 from ..models.configuration_dnd import DnDConfig
 from ..models.configuration_rq_transformer import RQTransformerConfig
 from ..pipelines.pipeline_dnd import DnDPipeline
-from .checkpoint_file import agreed, as_grid
+from .checkpoint_file import agreed, as_grid, check_sizes, count_numbers
 from .rq_transformer import convert_rq_transformer, is_rq_transformer, original_rq_transformer
 from .tokenizer import convert_rqvae, original_rqvae
 from .transformer import agreed_grid, convert_transformer, original_transformer, read_transformer
@@ -105,13 +106,12 @@ def export_original(folder: str | os.PathLike, output_dir: str | os.PathLike) ->
     for part in (folder / "vqvae", folder / "transformer") if is_pipeline else (folder,):
         if not (part / "config.json").is_file():
             raise ValueError(f"{part} must have a config.json, it does not.")
-        config = read_json(part / "config.json")
-        weights = {name: weight for file in part.glob("*.safetensors") for name, weight in load_file(file).items()}
+        config, weights = read_json(part / "config.json"), _read_weights(part)
         if config.get("_class_name") == "RQVAE":
             vae_config = config
             contents |= original_rqvae(config, weights)
         elif config.get("model_type") == DnDConfig.model_type:
-            contents["transformer.pt"] = original_transformer(DnDConfig.from_dict(config), weights, vae_config)
+            contents["transformer.pt"] = original_transformer(config, weights, vae_config)
         elif config.get("model_type") == RQTransformerConfig.model_type:
             contents = _original_archive(part, config, weights, contents)
         else:
@@ -131,6 +131,22 @@ def _original_archive(
     """The files of an archive of kakaobrain, from an RQ-Transformer and the files of its tokenizer, if any."""
     names = {"rqvae.pt": "stage1/model.pt", "config.yaml": "stage1/config.yaml"}
     stage1 = {names[name]: content for name, content in tokenizer.items()}
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    rows = shapes.get("embed_conditions.weight", (0,))[0]
+    check_sizes(
+        config,
+        num_hidden_layers=(count_numbers(shapes, r"layers\.(\d+)\."),),
+        num_depth_layers=(count_numbers(shapes, r"depth_layers\.(\d+)\."),),
+        code_depth=shapes.get("depth_positions.weight", (0,))[:1],
+        **{"prompt_vocab_size" if config.get("prompt_length") else "num_classes": (rows, rows - 1)},
+    )
     generation_config = GenerationConfig.from_pretrained(folder)
     stage2 = original_rq_transformer(RQTransformerConfig.from_dict(config), generation_config, weights)
     return stage1 | {f"stage2/{name}": content for name, content in stage2.items()}
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    try:
+        return {name: weight for file in folder.glob("*.safetensors") for name, weight in load_file(file).items()}
+    except SafetensorError as error:
+        raise ValueError(f"The weights in {folder} must be whole, they are not: {error}") from error

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from tokenizers import CharBPETokenizer
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast
@@ -26,7 +25,9 @@ from .checkpoint_file import (
     listed,
     load_weights,
     read_checkpoint,
+    read_yaml,
     renamed,
+    shown,
 )
 
 
@@ -108,6 +109,7 @@ def convert_rq_transformer(
         raise ValueError(f"{path} must be an RQ-Transformer (keys `body_transformer.blocks.0.…`), got keys {found}.")
     config_file = Path(path).with_name("config.yaml") if config is None else Path(config)
     settings = _read_settings(config_file)
+    _check_counts(checkpoint, settings["arch"], config_file)
     model_config = _model_config(settings, config_file, vqvae, id2label)
     checkpoint.rename(RQ_TRANSFORMER_NAMES, stacked=STACKED_NAMES)
     weights = _our_weights(checkpoint, model_config)
@@ -204,21 +206,23 @@ def _read_settings(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"An RQ-Transformer needs its config.yaml, beside the checkpoint or named: none at {path}."
         )
+    content = read_yaml(path)
     try:
-        settings = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+        settings = dict(content)
         arch = settings["arch"] = {**ARCH_DEFAULTS, **settings["arch"]}
         arch.setdefault("vocab_size", (settings.get("dataset") or {}).get("vocab_size"))
         for name in ("body", "head"):
             arch[name] = {**arch[name], "block": {**BLOCK_DEFAULTS, **arch[name]["block"]}}
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} must be YAML with `arch.body.block` and `arch.head.block`, it is not.") from error
     needed = [f"arch.{name}" for name in ("block_size", "embed_dim", "vocab_size") if not arch.get(name)]
     needed += [f"arch.{name}.n_layer" for name in ("body", "head") if "n_layer" not in arch[name]]
     needed += [f"arch.{name}.block.n_head" for name in ("body", "head") if "n_head" not in arch[name]["block"]]
     if needed:
         raise ValueError(f"{path} must have {listed(needed)}, it does not.")
-    if not isinstance(arch["block_size"], list) or len(arch["block_size"]) != 3:
-        raise ValueError(f"`arch.block_size` of {path} must be [height, width, depth], got {arch['block_size']}.")
+    sizes = arch["block_size"]
+    if not isinstance(sizes, list) or len(sizes) != 3 or not all(type(size) is int for size in sizes):
+        raise ValueError(f"`arch.block_size` of {path} must be [height, width, depth], got {shown(sizes)}.")
     fixed = [("arch", arch, ARCH_FIXED)]
     for name in ("body", "head"):
         fixed.append((f"arch.{name}.block", arch[name]["block"], {**BLOCK_FIXED, "embed_dim": arch["embed_dim"]}))
@@ -229,6 +233,21 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
+def _check_counts(checkpoint: Checkpoint, arch: dict[str, Any], path: Path) -> None:
+    """Raises ValueError unless the counts of the configuration, by which a model is built, are those of the tensors."""
+    height, width, depth = arch["block_size"]
+    conditions = arch["vocab_size_cond"]
+    said_and_found = {
+        "arch.body.n_layer": (arch["body"]["n_layer"], checkpoint.count(BLOCK_KEYS)),
+        "arch.head.n_layer": (arch["head"]["n_layer"], checkpoint.count(r"head_transformer\.blocks\.(\d+)\.")),
+        "arch.block_size, height * width": (height * width, checkpoint.shape("pos_emb_hw", 3)[1]),
+        "arch.block_size, depth": (depth, checkpoint.shape("pos_emb_d", 3)[1]),
+        "arch.vocab_size_cond": (conditions or 1, checkpoint.shape("cond_emb.weight", 2)[0]),
+    }
+    for name, (said, found) in said_and_found.items():
+        agreed(f"`{name}`", {str(path): said, f"tensors of {checkpoint.path}": found})
+
+
 def _model_config(
     settings: dict[str, Any], path: Path, vqvae: RQVAE | None, id2label: Mapping[int, str] | None
 ) -> RQTransformerConfig:
@@ -237,7 +256,9 @@ def _model_config(
     height, width, depth = arch["block_size"]
     vocab_sizes = arch["vocab_size"] if isinstance(arch["vocab_size"], list) else [arch["vocab_size"]] * depth
     if len(set(vocab_sizes)) != 1 or len(vocab_sizes) != depth:
-        raise ValueError(f"`arch.vocab_size` of {path} must be the same at all {depth} depths, got {vocab_sizes}.")
+        raise ValueError(
+            f"`arch.vocab_size` of {path} must be the same at all {depth} depths, got {shown(vocab_sizes)}."
+        )
     if not {body["gelu"], head["gelu"]} <= ACTIVATIONS.keys():
         raise ValueError(f"`gelu` of {path} must be v1 or v2, got {body['gelu']} and {head['gelu']}.")
     dropouts = {

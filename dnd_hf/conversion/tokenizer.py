@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor
 
 from ..models.autoencoder_rqvae import RQVAE
@@ -17,13 +16,16 @@ from .checkpoint_file import (
     agreed,
     as_grid,
     check_official,
+    check_sizes,
     inverted,
     listed,
     load_weights,
     mirrored,
     read_checkpoint,
     renamed,
+    shown,
 )
+from .rqvae_config import original_rqvae_config, read_rqvae_config
 
 
 # Names of weights, the official one and ours, as in transformer.py.
@@ -66,6 +68,7 @@ CODEBOOK_NAMES = {  # `quantizer.codebooks.k.…`, one per depth, is stacked her
 }
 STACKED_NAMES = {rf"^{re.escape(ours)}$": f"quantizer.codebooks.0.{name}" for name, ours in CODEBOOK_NAMES.items()}
 CONV_ATTENTION = re.compile(r"\.(to_[qkv]|to_out\.0)\.weight$")  # officially a convolution, (C, C, 1, 1)
+MAX_SHARED_DEPTH = 1024  # of a shared codebook, whose weights do not tell the depth
 CODEBOOK_USED_LENGTH = 65536  # LlamaGen's record of recent codes, which its loader insists on
 
 
@@ -107,12 +110,12 @@ def convert_rqvae(
 def _convert_rqvae(
     checkpoint: Checkpoint, config_file: Path, grid_size: int | Sequence[int] | None, dtype: torch.dtype | None
 ) -> RQVAE:
-    hparams, ddconfig = _read_rqvae_config(config_file)
+    hparams, ddconfig = read_rqvae_config(config_file)
     levels = checkpoint.count(r"encoder\.down\.(\d+)\.")
     checkpoint.rename(RQVAE_NAMES, levels, STACKED_NAMES)
     shape = _tokenizer_shape(checkpoint)
     depth = checkpoint.count(r"quantizer\.codebooks\.(\d+)\.")
-    num_codes = checkpoint.shape("quantizer.codebooks.0.weight")[0] - 1
+    num_codes = checkpoint.shape("quantizer.codebooks.0.weight", 2)[0] - 1
     latent_shape, code_shape = hparams["latent_shape"], hparams["code_shape"]
     _check_agreement(checkpoint, config_file, hparams, ddconfig, shape, depth, num_codes)
     if grid_size is not None:
@@ -122,7 +125,7 @@ def _convert_rqvae(
     codebooks = {stacked: [] for stacked in CODEBOOK_NAMES.values()}
     for suffix, stacked in CODEBOOK_NAMES.items():
         for k in range(depth):
-            checkpoint.shape(f"quantizer.codebooks.{k}.{suffix}")
+            checkpoint.shape(f"quantizer.codebooks.{k}.{suffix}", 1 if suffix == "cluster_size_ema" else 2)
             codebook = checkpoint.tensors.pop(f"quantizer.codebooks.{k}.{suffix}")
             codebooks[stacked].append(codebook[:-1] if suffix == "weight" else codebook)
     shared = hparams["shared_codebook"]
@@ -141,9 +144,9 @@ def _convert_rqvae(
         code_depth=depth,
         shared_codebook=shared,
         code_patch_size=(latent_shape[0] // code_shape[0], latent_shape[1] // code_shape[1]),
-        ema_decay=_only(hparams.get("decay", 0.99)),
-        restart_unused_codes=hparams.get("restart_unused_codes", False),
-        commitment_weight=hparams.get("latent_loss_weight", 0.25),
+        ema_decay=_only(hparams["decay"]),
+        restart_unused_codes=hparams["restart_unused_codes"],
+        commitment_weight=hparams["latent_loss_weight"],
     )
 
 
@@ -158,6 +161,7 @@ def _check_agreement(
 ) -> None:
     """Raises ValueError unless the configuration file says what the tensors tell."""
     latent_shape, code_shape, levels = hparams["latent_shape"], hparams["code_shape"], len(shape["block_out_channels"])
+    as_grid(latent_shape[:2])
     for name, said, found in (
         ("hparams.n_embed", _only(hparams["n_embed"]), num_codes),
         ("hparams.code_shape[2]", code_shape[2], depth),
@@ -165,7 +169,7 @@ def _check_agreement(
         ("hparams.latent_shape[2]", latent_shape[2], shape["vq_embed_dim"]),
         ("ddconfig.z_channels", ddconfig["z_channels"], shape["latent_channels"]),
         ("ddconfig.num_res_blocks", ddconfig["num_res_blocks"], shape["layers_per_block"]),
-        ("ddconfig.ch", ddconfig["ch"], checkpoint.shape("encoder.conv_in.weight")[0]),
+        ("ddconfig.ch", ddconfig["ch"], checkpoint.shape("encoder.conv_in.weight", 4)[0]),
         ("ddconfig.ch_mult", [ddconfig["ch"] * by for by in ddconfig["ch_mult"]], list(shape["block_out_channels"])),
         (
             "ddconfig.attn_resolutions",
@@ -185,7 +189,7 @@ def _convert_llamagen_tokenizer(
 ) -> RQVAE:
     checkpoint.rename(LLAMAGEN_TOKENIZER_NAMES, stacked=STACKED_NAMES)
     shape = _tokenizer_shape(checkpoint)
-    num_codes = checkpoint.shape("quantizer.codebooks.0.weight")[0]
+    num_codes = checkpoint.shape("quantizer.codebooks.0.weight", 2)[0]
     codebooks = checkpoint.tensors.pop("quantizer.codebooks.0.weight")[None]
     checkpoint.tensors |= {  # trained by gradients, not as moving averages
         "quantizer.codebooks": codebooks,
@@ -209,14 +213,14 @@ def _tokenizer_shape(checkpoint: Checkpoint) -> dict[str, Any]:
     levels = range(checkpoint.count(r"encoder\.down_blocks\.(\d+)\."))
     resnet = "encoder.down_blocks.{}.resnets.0.conv1.weight"
     return dict(
-        in_channels=checkpoint.shape("encoder.conv_in.weight")[1],
-        out_channels=checkpoint.shape("decoder.conv_out.weight")[0],
+        in_channels=checkpoint.shape("encoder.conv_in.weight", 4)[1],
+        out_channels=checkpoint.shape("decoder.conv_out.weight", 4)[0],
         down_block_types=tuple(attention(f"encoder.down_blocks.{i}") + "DownEncoderBlock2D" for i in levels),
         up_block_types=tuple(attention(f"decoder.up_blocks.{i}") + "UpDecoderBlock2D" for i in levels),
-        block_out_channels=tuple(checkpoint.shape(resnet.format(i))[0] for i in levels),
+        block_out_channels=tuple(checkpoint.shape(resnet.format(i), 4)[0] for i in levels),
         layers_per_block=checkpoint.count(r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
-        latent_channels=checkpoint.shape("encoder.conv_out.weight")[0],
-        vq_embed_dim=checkpoint.shape("quant_conv.weight")[0],
+        latent_channels=checkpoint.shape("encoder.conv_out.weight", 4)[0],
+        vq_embed_dim=checkpoint.shape("quant_conv.weight", 4)[0],
     )
 
 
@@ -232,36 +236,13 @@ def _load_tokenizer(checkpoint: Checkpoint, dtype: torch.dtype | None, **config)
     return vae
 
 
-def _read_rqvae_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"An RQ-VAE needs its config.yaml, beside the checkpoint or named: none at {path}.")
-    try:
-        arch = yaml.safe_load(path.read_text(encoding="utf-8"))["arch"]
-        hparams, ddconfig = dict(arch["hparams"]), dict(arch["ddconfig"])
-        kind = (arch.get("type", "rq-vae"), hparams.get("bottleneck_type", "rq"))
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} must be YAML with `arch.hparams` and `arch.ddconfig`, it is not.") from error
-    if kind != ("rq-vae", "rq"):
-        raise ValueError(f"{path} must be of type `rq-vae` with bottleneck `rq`, got {kind}.")
-    needed = {
-        "hparams": (hparams, ("embed_dim", "n_embed", "latent_shape", "code_shape", "shared_codebook")),
-        "ddconfig": (ddconfig, ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "z_channels", "resolution")),
-    }
-    missing = [f"{part}.{name}" for part, (values, names) in needed.items() for name in names if name not in values]
-    if missing:
-        raise ValueError(f"{path} must have {listed(missing)} under `arch`, it does not.")
-    for name in ("latent_shape", "code_shape"):
-        if not isinstance(hparams[name], list) or len(hparams[name]) != 3:
-            raise ValueError(f"`hparams.{name}` of {path} must be [height, width, depth], got {hparams[name]}.")
-    return hparams, ddconfig
-
-
 def _only(values: Any) -> Any:
     """The value that a list has for every depth."""
-    if not isinstance(values, (list, tuple)):
+    if not isinstance(values, list):
         return values
     if len(set(values)) != 1:
-        raise ValueError(f"Codebooks must have the same size and decay at all depths, got {values}.")
+        found = shown(values)
+        raise ValueError(f"Codebooks must have the same size and decay at all depths, got {found}.")
     return values[0]
 
 
@@ -269,8 +250,13 @@ def original_rqvae(config: dict[str, Any], weights: dict[str, Tensor]) -> dict[s
     """`{file name: content}` of an [`RQVAE`] in the official format, of its `config` and `weights`.
 
     Raises:
-        ValueError: the official code cannot compute it.
+        ValueError: the configuration is not that of the weights, or the official code cannot compute it.
     """
+    missing = [name for name in (*CODEBOOK_NAMES.values(), "quant_conv.weight") if name not in weights]
+    if missing:
+        raise ValueError(f"The weights of a tokenizer must have {listed(missing)}, they do not.")
+    depths = weights["quantizer.codebooks"].shape[:1]
+    check_sizes(config, code_depth=range(1, MAX_SHARED_DEPTH + 1) if config["shared_codebook"] else depths)
     channels, depth, shared = config["block_out_channels"], config["code_depth"], config["shared_codebook"]
     levels = len(channels)
     attention = [f"encoder.down_blocks.{i}.attentions.0.to_q.weight" in weights for i in range(levels)]
@@ -302,41 +288,7 @@ def original_rqvae(config: dict[str, Any], weights: dict[str, Tensor]) -> dict[s
     for suffix, books in codebooks.items():
         state |= {f"quantizer.codebooks.{k}.{suffix}": books[0 if shared else k].clone() for k in range(depth)}
 
-    return {"rqvae.pt": {"state_dict": state}, "config.yaml": {"arch": _original_config(config, attention)}}
-
-
-def _original_config(config: dict[str, Any], attention: list[bool]) -> dict[str, Any]:
-    """`arch` of the config.yaml; `attention`: which levels have it."""
-    channels, levels = config["block_out_channels"], len(attention)
-    stride, size = 2 ** (levels - 1), config["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    cells, patch = (height // stride, width // stride), config["code_patch_size"]
-    embed_dim = config["vq_embed_dim"] or config["latent_channels"]
-    hparams = dict(
-        bottleneck_type="rq",
-        embed_dim=embed_dim,
-        n_embed=config["num_vq_embeddings"],
-        latent_shape=[*cells, embed_dim],
-        code_shape=[cells[0] // patch[0], cells[1] // patch[1], config["code_depth"]],
-        shared_codebook=config["shared_codebook"],
-        decay=config["ema_decay"],
-        restart_unused_codes=config["restart_unused_codes"],
-        loss_type="mse",
-        latent_loss_weight=config["commitment_weight"],
-    )
-    ddconfig = dict(
-        double_z=False,
-        z_channels=config["latent_channels"],
-        resolution=height,
-        in_channels=config["in_channels"],
-        out_ch=config["out_channels"],
-        ch=channels[0],
-        ch_mult=[count // channels[0] for count in channels],
-        num_res_blocks=config["layers_per_block"],
-        attn_resolutions=[height // 2**level for level in range(levels) if attention[level]],
-        dropout=0.0,
-    )
-    return dict(type="rq-vae", code_hier=1, checkpointing=False, hparams=hparams, ddconfig=ddconfig)
+    return {"rqvae.pt": {"state_dict": state}, "config.yaml": {"arch": original_rqvae_config(config, attention)}}
 
 
 def _narrowed(weight: Tensor, dtype: torch.dtype) -> Tensor:

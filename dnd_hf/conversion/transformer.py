@@ -18,10 +18,13 @@ from .checkpoint_file import (
     agreed,
     as_grid,
     check_official,
+    check_sizes,
+    count_numbers,
     inverted,
     load_weights,
     read_checkpoint,
     renamed,
+    shown,
 )
 
 
@@ -105,7 +108,7 @@ def read_transformer(path: str | os.PathLike, use_ema: bool) -> Checkpoint:
     checkpoint = read_checkpoint(path, use_ema)
     if any(name.startswith("body_transformer.") for name in checkpoint.tensors):
         raise ValueError(f"{path} is an RQ-Transformer: use `convert_rq_transformer`, with the tokenizer.")
-    if checkpoint.args.get("gpt_type") == "t2i" or "cls_embedding.uncond_embedding" in checkpoint.tensors:
+    if checkpoint.argument("gpt_type", str) == "t2i" or "cls_embedding.uncond_embedding" in checkpoint.tensors:
         raise ValueError(f"{path} must be class-conditional (c2i), it is text-conditional (t2i).")
     checkpoint.rename(LLAMAGEN_TRANSFORMER_NAMES)
     checkpoint.rename(TRANSFORMER_NAMES, stacked=STACKED_NAMES)
@@ -114,17 +117,18 @@ def read_transformer(path: str | os.PathLike, use_ema: bool) -> Checkpoint:
 
 def agreed_grid(checkpoint: Checkpoint, grid_size: int | Sequence[int] | None) -> tuple[int, int] | None:
     """(height, width) of the code grid as given or as the file tells, which must agree; None where neither does."""
-    args, rotary_shape = checkpoint.args, checkpoint.rotary_shape
+    rotary_shape = checkpoint.rotary_shape
     if grid_size is not None:
         grid = as_grid(grid_size)
     else:
         sides = {}
-        if args.get("image_size") and args.get("downsample_size"):
-            sides["`args`: image_size / downsample_size"] = args["image_size"] // args["downsample_size"]
+        size, stride = (checkpoint.argument(name, int) for name in ("image_size", "downsample_size"))
+        if size and stride:
+            sides["`args`: image_size / downsample_size"] = size // stride
         if rotary_shape:
             sides["`freqs_cis`"] = math.isqrt(rotary_shape[0] - 1)
         side = agreed(f"The height and width of the code grid of {checkpoint.path}", sides)
-        grid = (side, side) if side else None
+        grid = as_grid(side) if side else None
     if grid and rotary_shape:
         agreed("Cells of the code grid", {f"grid {grid}": math.prod(grid), "`freqs_cis`": rotary_shape[0] - 1})
     return grid
@@ -138,20 +142,22 @@ def _transformer_config(
     num_classes: int | None,
     id2label: Mapping[int, str] | None,
 ) -> DnDConfig:
-    path, args = checkpoint.path, checkpoint.args
-    vocab_size, width = checkpoint.shape("embed_tokens.weight")
-    agreed("The codebook size", {"`tok_embeddings.weight`": vocab_size, "`args.vocab_size`": args.get("vocab_size")})
+    path = checkpoint.path
+    vocab_size, width = checkpoint.shape("embed_tokens.weight", 2)
+    said = {f"`args.{name}`": checkpoint.argument(name, int) for name in ("vocab_size", "num_pred_heads")}
+    agreed("The codebook size", {"`tok_embeddings.weight`": vocab_size, "`args.vocab_size`": said["`args.vocab_size`"]})
     layers, depth = checkpoint.count(r"layers\.(\d+)\."), checkpoint.count(r"heads\.(\d+)\.")
     if not depth:
         raise ValueError(f"{path} must have the key `output.0.weight` or `output.weight`, it does not.")
-    agreed("The code depth", {"`output.*`": depth, "`args.num_pred_heads`": args.get("num_pred_heads")})
+    agreed("The code depth", {"`output.*`": depth, "`args.num_pred_heads`": said["`args.num_pred_heads`"]})
     if grid_size is None:
         raise ValueError(f"`grid_size` must be given, {path} does not tell it.")
 
     heads, key_value_heads = _attention_heads(checkpoint, width, num_attention_heads)
     num_classes, class_dropout = _classes(checkpoint, num_classes)
-    drop_path_rate = args.get("drop_path_rate") or 0.0
-    residual_dropout = 0.0 if drop_path_rate else args.get("dropout_p", 0.1)  # training uses one or the other
+    drop_path_rate = checkpoint.argument("drop_path_rate", float, int) or 0.0
+    # Training drops out either these or whole layers.
+    residual_dropout = 0.0 if drop_path_rate else checkpoint.argument("dropout_p", float, int, default=0.1)
     if id2label is None and num_classes == 1000:
         id2label = dict(enumerate(read_json(IMAGENET_LABELS)))
     return DnDConfig(
@@ -160,14 +166,14 @@ def _transformer_config(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=key_value_heads,
-        intermediate_size=checkpoint.shape("layers.0.mlp.gate_proj.weight")[0],
+        intermediate_size=checkpoint.shape("layers.0.mlp.gate_proj.weight", 2)[0],
         grid_size=grid_size,
         code_depth=depth,
         prediction_layers=_prediction_layers(checkpoint, layers, depth, prediction_layers),
         tie_prediction_heads=_heads_are_tied(checkpoint, depth),
         num_classes=num_classes,
         class_dropout_prob=class_dropout,
-        embedding_dropout=args.get("token_dropout_p", 0.1),
+        embedding_dropout=checkpoint.argument("token_dropout_p", float, int, default=0.1),
         residual_dropout=residual_dropout,
         mlp_dropout=residual_dropout,
         drop_path_rate=drop_path_rate,
@@ -186,7 +192,7 @@ def _attention_heads(checkpoint: Checkpoint, width: int, num_attention_heads: in
     if checkpoint.rotary_shape:
         stated = {f"{heads} heads of width {width}": head_dim, "`freqs_cis`": 2 * checkpoint.rotary_shape[1]}
         agreed("The dimensions of a head", stated)
-    rows = checkpoint.shape("layers.0.self_attn.qkv_proj.weight")[0]
+    rows = checkpoint.shape("layers.0.self_attn.qkv_proj.weight", 2)[0]
     if rows <= width or (rows - width) % (2 * head_dim):
         raise ValueError(
             f"`layers.0.attention.wqkv.weight` must have {width} rows for queries and a multiple of {2 * head_dim} for"
@@ -196,24 +202,33 @@ def _attention_heads(checkpoint: Checkpoint, width: int, num_attention_heads: in
 
 
 def _prediction_layers(checkpoint: Checkpoint, layers: int, depth: int, given: Sequence[int] | None) -> list[int]:
-    prediction_layers = checkpoint.args.get("pred_head_positions") if given is None else given
+    prediction_layers = checkpoint.argument("pred_head_positions", str, list, tuple) if given is None else given
     if isinstance(prediction_layers, str):
-        prediction_layers = [int(layer) for layer in prediction_layers.split(",")]
+        numbers = prediction_layers.split(",")
+        if not all(re.fullmatch(r"\s*\d{1,6}\s*", number) for number in numbers):
+            found = shown(prediction_layers)
+            raise ValueError(
+                f"`args.pred_head_positions` of {checkpoint.path} must be numbers with commas, got {found}."
+            )
+        prediction_layers = [int(number) for number in numbers]
     if prediction_layers is None:
         if depth > 1 and depth not in RELEASED_DEPTHS.get(layers, ()):
             raise ValueError(
                 f"`prediction_layers` must be given, {checkpoint.path} does not tell them ({layers} layers)."
             )
         prediction_layers = default_prediction_layers(layers, depth)
-    if len(prediction_layers) != depth:
-        raise ValueError(f"`prediction_layers` must be one for each of {depth} `output.*`, got {prediction_layers}.")
+    if len(prediction_layers) != depth or not all(isinstance(layer, int) for layer in prediction_layers):
+        raise ValueError(
+            f"`prediction_layers` must be one for each of {depth} `output.*`, got {shown(prediction_layers)}."
+        )
     return list(prediction_layers)
 
 
 def _classes(checkpoint: Checkpoint, given: int | None) -> tuple[int, float]:
     """Number of classes, and the class dropout, above 0 where there is a null class."""
-    class_rows, dropout = checkpoint.shape("embed_classes.weight")[0], checkpoint.args.get("class_dropout_prob")
-    num_classes = given or checkpoint.args.get("num_classes")
+    class_rows = checkpoint.shape("embed_classes.weight", 2)[0]
+    dropout = checkpoint.argument("class_dropout_prob", float, int)
+    num_classes = given or checkpoint.argument("num_classes", int)
     if num_classes is None:
         num_classes = class_rows - (class_rows not in (1, 1000) if dropout is None else dropout > 0)
     if dropout is None:
@@ -227,7 +242,7 @@ def _classes(checkpoint: Checkpoint, given: int | None) -> tuple[int, float]:
 
 
 def _heads_are_tied(checkpoint: Checkpoint, depth: int) -> bool:
-    said = checkpoint.args.get("share_prediction_heads")
+    said = checkpoint.argument("share_prediction_heads", bool, int)
     if depth == 1 or said == 0:
         return False
     heads = [checkpoint.tensors.get(f"heads.{k}.weight") for k in range(depth)]
@@ -269,16 +284,29 @@ def _swap_pairs(weight: Tensor, first: int, second: int) -> Tensor:
     return weight.view(-1, first, second, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def original_transformer(config: DnDConfig, weights: dict[str, Tensor], vae_config: dict | None) -> dict[str, Any]:
+def original_transformer(
+    config: dict[str, Any], weights: dict[str, Tensor], vae_config: dict[str, Any] | None
+) -> dict[str, Any]:
     """The content of the official file of a transformer.
 
     Args:
-        config, weights: of the model.
+        config: what config.json says.
+        weights: of the model.
         vae_config: of the tokenizer beside it, where there is one; a LlamaGen tokenizer's asks for LlamaGen's names.
 
     Raises:
-        ValueError: the official code cannot compute it.
+        ValueError: the configuration is not that of the weights, or the official code cannot compute it.
     """
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    num_class_rows = shapes.get("embed_classes.weight", (0,))[0]
+    check_sizes(
+        config,
+        num_hidden_layers=(count_numbers(shapes, r"layers\.(\d+)\."),),
+        code_depth=(count_numbers(shapes, r"norms\.(\d+)\."),),
+        vocab_size=shapes.get("embed_tokens.weight", (0,))[:1],
+        num_classes=(num_class_rows, num_class_rows - 1),
+    )
+    config = DnDConfig.from_dict(config)
     height, width = config.grid_size
     check_official(
         {

@@ -79,7 +79,7 @@ def test_separate_codebooks_are_not_taken_for_a_shared_one(tmp_path):
 
 def test_a_malicious_configuration_is_refused_and_runs_nothing(tmp_path):
     (tmp_path / "config.yaml").write_text(f"arch: !!python/object/apply:os.mkdir [{tmp_path / 'ran'}]")
-    with pytest.raises(ValueError, match=r"must be YAML with `arch\.hparams`"):
+    with pytest.raises(ValueError, match="must be YAML of plain values"):
         convert_rqvae(PARITY / "rqvae.pt", tmp_path / "config.yaml")
     assert not (tmp_path / "ran").exists()
 

@@ -58,18 +58,18 @@ def test_a_contradiction_in_a_transformer_names_both_sides(args, options, sides,
 def test_published_sizes_get_their_heads_names_and_sampling_settings(width, depth, classes, tmp_path):
     layers = max(2, depth)
     weights = {
-        "tok_embeddings.weight": (16384, width),
+        "tok_embeddings.weight": (8, width),
         "cls_embedding.embedding_table.weight": (classes + (classes > 1), width),
         **{f"norm.{k}.weight": (width,) for k in range(depth)},
-        **{f"output.{k}.weight": (16384, width) for k in range(depth)},
+        **{f"output.{k}.weight": (8, width) for k in range(depth)},
     }
     for i in range(layers):
         rows = {"attention.wqkv": 3 * width, "attention.wo": width, "feed_forward.w1": 256, "feed_forward.w3": 256}
         weights |= {f"layers.{i}.{name}.weight": (count, width) for name, count in rows.items()}
         weights[f"layers.{i}.feed_forward.w2.weight"] = (width, 256)
         weights |= {f"layers.{i}.{name}.weight": (width,) for name in ("attention_norm", "ffn_norm")}
-    one = torch.ones((), dtype=torch.float16)
-    torch.save({name: one.expand(shape) for name, shape in weights.items()}, tmp_path / "checkpoint.pt")
+    tensors = {name: torch.ones(shape, dtype=torch.float16) for name, shape in weights.items()}
+    torch.save(tensors, tmp_path / "checkpoint.pt")
     model = convert_transformer(
         tmp_path / "checkpoint.pt", grid_size=24, prediction_layers=range(layers - depth, layers), dtype=torch.bfloat16
     )
