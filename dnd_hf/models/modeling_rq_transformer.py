@@ -216,12 +216,12 @@ class RQTransformerForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTra
             elif labels is not None:
                 targets = labels[..., k].flatten()
                 sums.append(_summed_loss(self.head(k), hidden_BLC, targets, self.config.vocab_size, logits[k]))
-        if output_logits:
-            output.logits = torch.stack(logits, dim=2)
-        if with_loss:
+        if with_loss:  # before the logits: the order in which fields are set is that of the tuple
             counts = ((codes if labels is None else labels) != -100).sum((0, 1, 2))
             sums = torch.stack(sums)
             output.loss, output.depth_losses = sums.sum() / counts.sum(), sums / counts
+        if output_logits:
+            output.logits = torch.stack(logits, dim=2)
         if self.config.prompt_length:
             self._predict_prompt(output, prompt_BTC, prompts, with_loss, output_logits)
         return output.to_tuple() if return_dict is False else output
@@ -248,12 +248,13 @@ class RQTransformerForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTra
         """Adds the prediction of the text to an output."""
         weight, vocab_size = self.config.prompt_loss_weight, self.config.prompt_vocab_size
         hidden_BTC = self.prompt_norm(prompt_BTC)
-        if with_logits:
-            output.prompt_logits = self.prompt_head(hidden_BTC)
+        logits = self.prompt_head(hidden_BTC) if with_logits else None
         if with_loss:
-            total = _summed_loss(self.prompt_head, hidden_BTC, targets.flatten(), vocab_size, output.prompt_logits)
+            total = _summed_loss(self.prompt_head, hidden_BTC, targets.flatten(), vocab_size, logits)
             output.prompt_loss = total / (targets != -100).sum().clamp(min=1)  # all may have been dropped
             output.loss = (1 - weight) * output.loss + weight * output.prompt_loss
+        if with_logits:
+            output.prompt_logits = logits
 
     def run_body(self, conditions_BT: Tensor, codes_BLD: Tensor) -> tuple[Tensor, Tensor]:
         """The outputs `(B, T - 1, C)` before each text token after the first, and the contexts `(B, L, C)`."""

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from scipy.stats import binomtest
-from transformers import Trainer, TrainingArguments
 
 from dnd_hf import DnDForImageGeneration
 from dnd_hf.models.modeling_dnd import DropPath
@@ -370,31 +369,6 @@ def test_gradient_checkpointing_gives_the_same_gradients_with_dropout_on(make_mo
     assert torch.equal(loss, other_loss)
     for gradient, other in zip(gradients, others):
         torch.testing.assert_close(other, gradient, rtol=1e-5, atol=1e-7)
-
-
-def test_trainer_of_transformers_trains_it(make_model, make_inputs, tmp_path):
-    model = make_model()
-    labels, codes = make_inputs(model, batch=8)
-    dataset = [dict(class_labels=label, codes=code, labels=code) for label, code in zip(labels, codes)]
-    model.eval()
-    with torch.no_grad():
-        before = model(labels, codes, labels=codes).loss.item()
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=2,
-        per_device_train_batch_size=8,
-        per_device_eval_batch_size=8,
-        learning_rate=0.02,
-        lr_scheduler_type="constant",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        save_strategy="no",
-    )
-    trainer = Trainer(model=model, args=arguments, train_dataset=dataset, eval_dataset=dataset)
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(before, rel=1e-5)
-    assert trainer.train().global_step == 2
-    assert trainer.evaluate()["eval_loss"] < before
 
 
 @pytest.mark.parametrize("tied", [False, True])
