@@ -3,11 +3,12 @@
 from collections.abc import Callable, Hashable, Iterable
 from functools import partial
 from threading import Lock
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from .decoders import static_runner
+from .decoders import StaticDecoder, static_runner
 from .interface import ImageCodeModel
 from .loop import SamplingLoop
 from .settings import SamplingSettings
@@ -37,7 +38,7 @@ class GraphedLoop(SamplingLoop):
         with torch.inference_mode(False):  # its memory outlives the call
             runner = static_runner(model, 2 * batch if settings.guided else batch, device)
             super().__init__(model, runner, batch, settings, device)
-        self.decoder, self.free = runner.decoders[0], free
+        self.decoder, self.free = cast(StaticDecoder, runner.decoders[0]), free
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def read(self, tokens_RTC: Tensor) -> None:

@@ -4,10 +4,11 @@ The third way, packed for CPUs, has a file of its own (`packed_decoder.py`). All
 of layers; a [`ModelRunner`] is what a sampling loop gets.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,9 +36,10 @@ class ModelRunner:
     context: Callable[[], AbstractContextManager] = nullcontext
 
 
-def head_of_each_depth(heads: Sequence, depth: int) -> list:
+def head_of_each_depth(heads: Iterable[Callable[[Tensor], Tensor]], depth: int) -> list[Callable[[Tensor], Tensor]]:
     """Heads, one for all depths or one for each, as a list of one for each."""
-    return list(heads) * depth if len(heads) == 1 else list(heads)
+    heads = list(heads)
+    return heads * depth if len(heads) == 1 else heads
 
 
 def plain_runner(model: ImageCodeModel, rows: int, device: torch.device) -> ModelRunner:
@@ -54,7 +56,7 @@ def static_runner(model: ImageCodeModel, rows: int, device: torch.device) -> Mod
     """
     first, *others = model.layer_stacks(device)
     attention = model.config._attn_implementation
-    decoders = [
+    decoders: list[Decoder] = [
         StaticDecoder(first, rows, device, model.dtype),
         *(PlainDecoder(stack, rows, device, model.dtype, attention) for stack in others),
     ]
@@ -126,7 +128,7 @@ class PlainDecoder:
         end = position + count
         for cache in self.caches:
             cache.position = position
-        options = dict(attention_mask=None)
+        options: dict[str, Any] = dict(attention_mask=None)
         if count > 1 and "flex" in self.attention:
             options["attention_mask"] = causal_block_mask(position, count, self.memory.device)
         elif count > 1 and "flash" not in self.attention:
@@ -144,10 +146,11 @@ class FixedKeysValues:
 
     Args:
         keys, values: memory for them, `(rows, heads, length, head_dim)`.
+        positions: `(tokens,)` int64: where the next tokens are written.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor):
-        self.keys, self.values, self.positions, self.read = keys, values, None, 0
+    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor):
+        self.keys, self.values, self.positions, self.read = keys, values, positions, 0
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Writes `(rows, heads, tokens, head_dim)` keys and values at `positions`; returns the first `read` of all."""
@@ -169,7 +172,7 @@ class StaticDecoder:
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         """`(1,)`: the position of the next token, which the loop counts up."""
         self.memory = cache_memory(stack, rows, device, dtype).zero_()  # what is masked must be finite
-        self.caches = [FixedKeysValues(*layer) for layer in self.memory]
+        self.caches = [FixedKeysValues(keys, values, self.position) for keys, values in self.memory]
         self.masks = causal_mask(stack.length, device, dtype)
 
     def read_at(self, position: int) -> int:
@@ -183,7 +186,7 @@ class StaticDecoder:
             positions = positions + torch.arange(count, device=positions.device)
         for cache in self.caches:
             cache.positions, cache.read = positions, read
-        options = dict(attention_mask=self.masks.index_select(0, positions)[None, None, :, :read])
+        options: dict[str, Any] = dict(attention_mask=self.masks.index_select(0, positions)[None, None, :, :read])
         if self.stack.rotary is not None:
             options["position_embeddings"] = tuple(table.index_select(1, positions) for table in self.stack.rotary)
         return [

@@ -4,7 +4,7 @@ Shape suffixes, here and in the other files of this folder: B batch, R rows (the
 sequence for each), T tokens, L grid cells in raster order, D depth, C hidden size, V codebook size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,6 +65,9 @@ class ImageCodeModel(Protocol):
     dtype: torch.dtype
     heads: nn.ModuleList
     """The linear layers that make logits, one for all depths or one for each."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """As in `nn.Module`."""
 
     def check_conditions(self, class_labels) -> Tensor:
         """What the user gave as class labels, as `(B, T)` int64 on the model's device, T being 1 for labels, the length

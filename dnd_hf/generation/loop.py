@@ -81,6 +81,7 @@ class SamplingLoop:
     def step(self, cell: int) -> None:
         """Samples the codes of a cell; cells come in order, from 0."""
         with self.runner.context():
+            assert self.token_RTC is not None, "start() comes first"
             self.model.decode(self.token_RTC, self.choose, self.runner.decoders, self.first_position + cell)
             token_BTC = self.model.cell_tokens(self.codes_BLD[:, self.cell], self.cell)
             self.set_token(token_BTC.repeat(2, 1, 1) if self.guided else token_BTC)

@@ -7,6 +7,8 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
+from ..ops.number_checks import whole_number
+from ..ops.tensor_checks import check_integers
 from .cuda_graphs import GraphedLoop, KeptLoops
 from .decoders import plain_runner
 from .evaluation_mode import evaluation_mode
@@ -14,12 +16,15 @@ from .guidance import guidance_scales
 from .loop import SamplingLoop
 from .noise import checked_generators, uniform_noise
 from .packed_decoder import can_run_packed, packed_runner
-from .scoring import ScoringMixin
+from .scoring import CodeScores, code_log_probs
 from .settings import SamplingSettings
 
 
-class ImageGenerationMixin(ScoringMixin, GenerationMixin):
-    """Adds `generate`, which replaces that of transformers: several codes a step, see [`ImageCodeModel`]."""
+class ImageGenerationMixin(GenerationMixin):
+    """Adds `generate`, which replaces that of transformers (several codes a step), and `score`.
+
+    What a model must offer for them is [`ImageCodeModel`].
+    """
 
     cuda_graphs: bool = False
     """Set it to True, and `generate` on a CUDA device replays its steps as CUDA graphs. They are captured in the first
@@ -109,6 +114,33 @@ class ImageGenerationMixin(ScoringMixin, GenerationMixin):
                     callback(cell, loop.codes)
         return loop.finish()
 
+    @torch.no_grad()
+    @apply_forward_hook
+    def score(
+        self, class_labels: Tensor | Sequence[int] | int | None, codes: Tensor, batch_size: int = 64
+    ) -> CodeScores:
+        """The log-probability of codes under the model's own distribution (temperature 1, no filters, no guidance).
+
+        The logits of a whole batch are never held ([`code_log_probs`]). A model in training mode is in evaluation mode
+        for the time of the call.
+
+        Args:
+            class_labels: `(batch,)` integers in `[0, num_classes)`; None: the null class, that is without a condition.
+            codes: `(batch, height, width, depth)` integers in `[0, vocab_size)`.
+            batch_size: images that pass the layers at a time.
+
+        Raises:
+            ValueError: labels or codes of another shape or type, or out of their range; None for a model without a null
+                class. Nothing has been computed then.
+        """
+        codes = self._check_codes(codes)
+        conditions_BT = self._scored_conditions(class_labels, codes)
+        batch_size = whole_number("batch_size", batch_size)
+        parts = zip(conditions_BT.split(batch_size), codes.split(batch_size))
+        with evaluation_mode(self):
+            log_probs = torch.cat([code_log_probs(self, *part) for part in parts])
+        return CodeScores(total=log_probs.sum((1, 2, 3)), log_probs=log_probs)
+
     def _loop(self, settings: SamplingSettings, conditions_BT: Tensor) -> SamplingLoop:
         batch, device = len(conditions_BT), conditions_BT.device
         rows = 2 * batch if settings.guided else batch
@@ -150,3 +182,24 @@ class ImageGenerationMixin(ScoringMixin, GenerationMixin):
     def null_conditions(self, conditions_BT: Tensor) -> Tensor:
         """The null class in place of each label."""
         return torch.full_like(conditions_BT, self.config.num_classes)
+
+    def _scored_conditions(self, class_labels: Tensor | Sequence[int] | int | None, codes: Tensor) -> Tensor:
+        if class_labels is not None:
+            conditions_BT = self.check_conditions(class_labels)
+            if len(conditions_BT) != len(codes):
+                raise ValueError(f"`class_labels` must be as many as `codes` ({len(codes)}), got {len(conditions_BT)}.")
+            return conditions_BT
+        if not self.config.has_null_class:
+            raise ValueError("`class_labels` must be given: this model has no null class (`class_dropout_prob` 0).")
+        length = getattr(self.config, "prompt_length", 0) or 1
+        return self.null_conditions(torch.zeros(len(codes), length, dtype=torch.int64, device=codes.device))
+
+    def _check_codes(self, codes: Tensor) -> Tensor:
+        config = self.config
+        codes = torch.as_tensor(codes)
+        grid = (*config.grid_size, config.code_depth)
+        if codes.ndim != 4 or tuple(codes.shape[1:]) != grid or not len(codes):
+            raise ValueError(f"`codes` must be (batch, {', '.join(map(str, grid))}), got shape {tuple(codes.shape)}.")
+        check_integers("codes", codes, config.vocab_size, wait=True)
+        codes = codes.long()
+        return codes if self.device.type == "meta" else codes.to(self.device)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,17 +18,19 @@ def checked_generators(generator: Seed | Sequence[Seed] | None, batch: int) -> t
     Raises:
         ValueError: it is none, or a list of another length than `batch`.
     """
+    if generator is None:
+        return None
     if not isinstance(generator, (list, tuple)):
-        return None if generator is None else _generator(generator)
+        return _generator(generator)
     if len(generator) != batch:
         raise ValueError(f"`generator` must be one, or a list of one an image ({batch}), got {len(generator)}.")
     return [_generator(one) for one in generator]
 
 
-def _generator(seed: Seed) -> torch.Generator:
+def _generator(seed: Any) -> torch.Generator:
     if isinstance(seed, torch.Generator):
         return seed
-    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 2**64:
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= int(seed) < 2**64:
         raise ValueError(
             "`generator` must be a torch.Generator or a seed (an integer in [0, 2**64)), or a list of one an image,"
             f" got {seed!r}."

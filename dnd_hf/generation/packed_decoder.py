@@ -7,6 +7,7 @@ frozen weights likewise). docs/benchmarks.md says what each step brought, and wh
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,8 @@ def can_run_packed(model: ImageCodeModel) -> bool:
 def packed_runner(model: ImageCodeModel, rows: int) -> ModelRunner:
     """A model whose weights do not change while the runner is in use; for about so many rows."""
     decoders = [PackedDecoder(stack, rows) for stack in model.layer_stacks(model.device)]
-    heads = head_of_each_depth([joined([head], rows) for head in model.heads], model.config.code_depth)
+    packed = [joined([cast(nn.Linear, head)], rows) for head in model.heads]
+    heads = head_of_each_depth(packed, model.config.code_depth)
     return ModelRunner(decoders, heads, packed_context if torch.is_autocast_enabled("cpu") else torch.inference_mode)
 
 
@@ -51,9 +53,9 @@ class PackedDecoder:
 
     def __init__(self, stack: LayerStack, rows: int):
         self.layers = [PackedLayer(layer, rows) for layer in stack.layers]
-        weight = stack.layers[0].self_attn.q_proj.weight
-        self.masks, self.room = causal_mask(stack.length, weight.device, weight.dtype), 0
-        self.rotary = None
+        keys = self.layers[0].attention.keys
+        self.masks, self.room = causal_mask(stack.length, keys.device, keys.dtype), 0
+        self.rotary: tuple[Tensor, Tensor] | None = None
         if stack.rotary is not None:
             cos, sin = (table[0, :, None] for table in stack.rotary)
             left, right = sin.chunk(2, -1)
@@ -66,15 +68,16 @@ class PackedDecoder:
             for layer in self.layers:
                 layer.attention.grow(grown)
             self.room += grown
-        mask = self.masks[position:end, : self.room]
-        rotary = None if self.rotary is None else tuple(table[position:end] for table in self.rotary)
-        return [partial(layer, position=position, rotary=rotary, mask=mask) for layer in self.layers]
+        options: dict[str, Any] = dict(position=position, rotary=None, mask=self.masks[position:end, : self.room])
+        if self.rotary is not None:
+            options["rotary"] = tuple(table[position:end] for table in self.rotary)
+        return [partial(layer, **options) for layer in self.layers]
 
 
 class PackedLayer:
     """A pre-norm transformer block for few tokens of each of `rows` sequences."""
 
-    def __init__(self, layer: nn.Module, rows: int):
+    def __init__(self, layer: Any, rows: int):
         self.attention_norm, self.mlp_norm = (
             packed_norm(layer.input_layernorm),
             packed_norm(layer.post_attention_layernorm),
@@ -98,7 +101,7 @@ class PackedAttention:
     PyTorch's fused kernel is made for many queries; for one in bfloat16 it takes several times as long.
     """
 
-    def __init__(self, attention: nn.Module, rows: int):
+    def __init__(self, attention: Any, rows: int):
         self.head_dim, self.scaling = attention.head_dim, attention.scaling
         self.qkv_proj = joined([attention.q_proj, attention.k_proj, attention.v_proj], rows)
         self.o_proj = joined([attention.o_proj], rows)
@@ -143,7 +146,7 @@ class PackedAttention:
 class GatedMLP:
     """`down(act(gate(x)) * up(x))`, with gate and up as one product."""
 
-    def __init__(self, mlp: nn.Module, rows: int):
+    def __init__(self, mlp: Any, rows: int):
         self.act_fn = mlp.act_fn
         self.gate_up_proj, self.down_proj = joined([mlp.gate_proj, mlp.up_proj], rows), joined([mlp.down_proj], rows)
         self.products = [self.gate_up_proj, self.down_proj]
@@ -156,7 +159,7 @@ class GatedMLP:
 class PlainMLP:
     """`down(act(up(x)))`."""
 
-    def __init__(self, mlp: nn.Module, rows: int):
+    def __init__(self, mlp: Any, rows: int):
         self.act_fn = mlp.act_fn
         self.up_proj, self.down_proj = joined([mlp.up_proj], rows), joined([mlp.down_proj], rows)
         self.products = [self.up_proj, self.down_proj]
@@ -171,7 +174,7 @@ def joined(layers: list[nn.Linear], rows: int) -> PackedLinear:
     return PackedLinear(torch.cat([layer.weight for layer in layers]), bias, rows)
 
 
-def packed_norm(norm: nn.RMSNorm | nn.LayerNorm) -> Callable[[Tensor], Tensor]:
+def packed_norm(norm: Any) -> Callable[[Tensor], Tensor]:
     if type(norm) is nn.RMSNorm:
         return FusedRMSNorm(norm)
     return partial(
@@ -182,7 +185,7 @@ def packed_norm(norm: nn.RMSNorm | nn.LayerNorm) -> Callable[[Tensor], Tensor]:
 class FusedRMSNorm:
     """RMS norm by the kernel that CPUs have for layer norm: over [x, -x], whose mean is zero, the two are the same."""
 
-    def __init__(self, norm: nn.RMSNorm):
+    def __init__(self, norm: Any):
         self.weight, self.eps = norm.weight.repeat(2), norm.eps
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
@@ -192,11 +195,12 @@ class FusedRMSNorm:
 
 def _is_plain_block(layer: nn.Module) -> bool:
     """Whether a layer consists of what [`PackedLayer`] reads, and nobody has hooked or replaced a part of it."""
-    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+    attention: Any = getattr(layer, "self_attn", None)
+    mlp: Any = getattr(layer, "mlp", None)
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
-    linear = [getattr(attention, name, None) for name in names] + [getattr(mlp, "up_proj", None)]
+    linear: list[Any] = [getattr(attention, name, None) for name in names] + [getattr(mlp, "up_proj", None)]
     linear += [getattr(mlp, "down_proj", None)] + ([mlp.gate_proj] if hasattr(mlp, "gate_proj") else [])
-    norms = [getattr(layer, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
+    norms: list[Any] = [getattr(layer, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
     if not all(type(part) is nn.Linear for part in linear):
         return False
     if not all(type(norm) in (nn.RMSNorm, nn.LayerNorm) and norm.weight is not None for norm in norms):

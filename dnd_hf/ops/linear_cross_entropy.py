@@ -29,7 +29,7 @@ def head_cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor, vocab_s
     Returns:
         Scalar, float32.
     """
-    if is_plain_linear(head):
+    if isinstance(head, nn.Linear) and is_plain_linear(head):
         return summed_cross_entropy(hidden, head.weight, targets, head.bias)
 
     def of_piece(rows: Tensor, goals: Tensor) -> Tensor:

@@ -51,8 +51,8 @@ class NearestCodes:
                 doubtful[chunk] = lowest[:, -1] <= lowest[:, 0] + self._margin(part)
             again = doubtful.nonzero().squeeze(1)
             for start in range(0, len(again), self.rows):
-                chunk = again[start : start + self.rows]
-                codes[chunk] = self._exactly(vectors[chunk].float())
+                doubts = again[start : start + self.rows]
+                codes[doubts] = self._exactly(vectors[doubts].float())
         return codes
 
     def _margin(self, vectors: Tensor) -> Tensor:
@@ -84,15 +84,14 @@ def nearest_codes_in_graph(vectors: Tensor, codebook: Tensor) -> Tensor:
     Returns:
         The indices `(n,)`, int64 in `[0, num_codes)`.
     """
-    vectors, lowest, codes = vectors.double(), None, None
+    vectors = vectors.double()
+    lowest = torch.full([len(vectors)], torch.inf, dtype=torch.float64, device=vectors.device)
+    codes = torch.zeros(len(vectors), dtype=torch.int64, device=vectors.device)
     for start in range(0, len(codebook), CODES_IN_GRAPH):
         part = codebook[start : start + CODES_IN_GRAPH].double()
         distances, indices = torch.addmm(part.square().sum(1), vectors, part.T, alpha=-2).min(1)
-        if lowest is None:
-            lowest, codes = distances, indices
-        else:
-            nearer = distances < lowest
-            lowest, codes = torch.where(nearer, distances, lowest), torch.where(nearer, indices + start, codes)
+        nearer = distances < lowest
+        lowest, codes = torch.where(nearer, distances, lowest), torch.where(nearer, indices + start, codes)
     return codes
 
 
