@@ -1,9 +1,16 @@
 """Command-line options that the scripts share, and how a script reads them."""
 
+import errno
+import os
+import re
+import signal
 import sys
+import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import yaml
 from accelerate import PartialState
@@ -19,6 +26,7 @@ from .data.sources import load_image_dataset
 
 
 Arguments = TypeVar("Arguments")
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 POSITIVE_OPTIONS = (
     "train_batch_size",
@@ -198,29 +206,89 @@ class RunArguments(ImageArguments):
         return self.hub_model_id or Path(self.output_dir).resolve().name
 
 
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        _leave(f"{message} (--help lists the options)", 2)
+
+
+def run_script(main: Callable[[Arguments], None], arguments_class: type[Arguments]) -> None:
+    """Runs a script with the options of its command line, and ends it as a command ends.
+
+    What the user can mend (a bad value, a missing file or package) is one line and exit code 2; a run that had to stop
+    (a RuntimeError of this project, a full disk) one line and exit code 1. Other errors keep their traceback, and with
+    `--debug` all do. Of several processes the main one prints; another one only where the main one keeps running.
+    """
+    if "--debug" in sys.argv:
+        main(parse_arguments(arguments_class))
+        return
+    try:
+        main(parse_arguments(arguments_class))
+    except KeyboardInterrupt:
+        _leave("interrupted", 128 + signal.SIGINT)
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
+        message, is_ours = _origin(error)
+        if isinstance(error, RuntimeError) and not is_ours:
+            raise
+        failed = isinstance(error, RuntimeError) or getattr(error, "errno", None) in FULL_DISK
+        _leave(_name_options(message, arguments_class), 1 if failed else 2)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    if os.environ.get("RANK", "0") != "0":
+        # The launcher ends this process as soon as the main one has ended, with the same message.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+        message = f"process {os.environ['RANK']}: {message}"
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _origin(error: Exception) -> tuple[str, bool]:
+    """The message of an error, and whether this project's own code raised it."""
+    message = str(error)
+    file = traceback.extract_tb(error.__traceback__)[-1].filename
+    if "Original Traceback" in message:  # of a worker of a DataLoader
+        file = re.findall(r'File "([^"]+)"', message)[-1]
+        message = message.strip().rpartition("\n")[2].partition(": ")[2]
+    folders = (Path(__file__).parent, Path(sys.argv[0]).resolve().parent)
+    is_ours = any(folder in Path(file).resolve().parents for folder in folders)
+    return message if is_ours else f"{' '.join(message.split())} (--debug shows where)", is_ours
+
+
+def _name_options(message: str, arguments_class: type) -> str:
+    """The library's `names` of arguments as the `--names` of the script's options."""
+    names = {field.name for field in fields(arguments_class)}
+    return re.sub(r"`(\w+)`", lambda match: f"--{match[1]}" if match[1] in names else match[0], message)
+
+
 def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = None) -> Arguments:
     """Reads `argv` (default: the command line) into a dataclass; `--config file.yaml` gives defaults below the options.
 
-    Leaves the program with a message where the dataclass raises ValueError, or the file names an unknown option.
+    Leaves the program with a message where an option is unknown, or the dataclass raises ValueError.
     """
-    parser = HfArgumentParser(arguments_class)
+    parser = _Parser(arguments_class)
     parser.add_argument("--config", help="YAML file of these options; the command line overrides it.")
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of every error.")
     argv = sys.argv[1:] if argv is None else argv
     given, _ = parser.parse_known_args(argv)
     if given.config:
         parser.set_defaults(**_read_options(given.config, arguments_class, parser))
     options = vars(parser.parse_args(argv))
-    del options["config"]
+    del options["config"], options["debug"]
     try:
         return arguments_class(**options)
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(_name_options(str(error), arguments_class))
 
 
 def _read_options(path: str, arguments_class: type, parser: HfArgumentParser) -> dict[str, Any]:
-    with open(path) as file:
-        options = yaml.safe_load(file)
-    unknown = set(options) - {field.name for field in fields(arguments_class)}
+    try:
+        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        parser.error(f"--config {path}: {' '.join(str(error).split())}")
+    if not isinstance(options, dict):
+        parser.error(f"--config {path}: a line for each option is needed, `name: value`.")
+    unknown = set(map(str, options)) - {field.name for field in fields(arguments_class)}
     if unknown:
         parser.error(f"{path} has unknown options: {', '.join(sorted(unknown))}")
     return options

@@ -10,7 +10,6 @@ A transformer and its tokenizer become a pipeline, one of them alone a model's f
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,7 +17,7 @@ from typing import Literal
 import torch
 from transformers.hf_argparser import HfArg
 
-from dnd_hf.arguments import parse_arguments
+from dnd_hf.arguments import run_script
 from dnd_hf.conversion import convert_any_transformer, convert_pipeline, convert_rqvae, export_original
 from dnd_hf.files import new_folder
 
@@ -100,7 +99,4 @@ def main(args: ConversionArguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_arguments(ConversionArguments))
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main, ConversionArguments)

@@ -13,7 +13,7 @@ from typing import Literal
 
 from transformers.hf_argparser import HfArg
 
-from dnd_hf.arguments import parse_arguments
+from dnd_hf.arguments import run_script
 from dnd_hf.evaluation import generation, ppl_ocr, reconstruction, rocr, words
 from dnd_hf.figures import import_figure
 
@@ -74,4 +74,4 @@ def main(args: EvaluationArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(EvaluationArguments))
+    run_script(main, EvaluationArguments)

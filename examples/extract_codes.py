@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from dnd_hf import RQVAE
-from dnd_hf.arguments import ImageArguments, parse_arguments
+from dnd_hf.arguments import ImageArguments, run_script
 from dnd_hf.data.codes import MAX_VOCAB_SIZE, CodesWriter, ShardReader, codes_features
 from dnd_hf.data.images import (
     BrokenImageError,
@@ -213,4 +213,4 @@ def main(args: ExtractionArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(ExtractionArguments))
+    run_script(main, ExtractionArguments)

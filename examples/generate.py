@@ -13,7 +13,7 @@ import torch
 from transformers.hf_argparser import HfArg
 
 from dnd_hf import DnDPipeline
-from dnd_hf.arguments import SamplingArguments, parse_arguments
+from dnd_hf.arguments import SamplingArguments, run_script
 from dnd_hf.bundled import checkpoint_path
 from dnd_hf.figures import save_image_grid
 
@@ -67,4 +67,4 @@ def main(args: GenerationArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(GenerationArguments))
+    run_script(main, GenerationArguments)

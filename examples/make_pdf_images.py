@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from transformers.hf_argparser import HfArg
 
-from dnd_hf.arguments import parse_arguments
+from dnd_hf.arguments import run_script
 from dnd_hf.data.pdf import PdfCrops
 from dnd_hf.data.picture_shards import ShardArguments, in_batches
 
@@ -48,4 +48,4 @@ def main(args: PdfImageArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(PdfImageArguments))
+    run_script(main, PdfImageArguments)

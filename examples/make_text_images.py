@@ -12,7 +12,7 @@ from typing import Literal
 
 from transformers.hf_argparser import HfArg
 
-from dnd_hf.arguments import parse_arguments
+from dnd_hf.arguments import run_script
 from dnd_hf.data.picture_shards import ShardArguments, in_batches
 from dnd_hf.data.text import DEFAULT_FONTS, TextPictures, load_texts
 
@@ -90,4 +90,4 @@ def main(args: TextImageArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(TextImageArguments))
+    run_script(main, TextImageArguments)

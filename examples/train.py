@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader, Subset
 from transformers.hf_argparser import HfArg
 
 from dnd_hf import RQVAE, DnDConfig, DnDForImageGeneration, DnDPipeline
-from dnd_hf.arguments import RunArguments, parse_arguments
+from dnd_hf.arguments import RunArguments, run_script
 from dnd_hf.data.codes import CodesDataset, collate_codes
 from dnd_hf.data.images import as_size, check_stride, collate_images
+from dnd_hf.generation.settings import SamplingSettings
 from dnd_hf.training.data_order import hold_out
 from dnd_hf.training.environment import RunEnvironment
 from dnd_hf.training.images import load_training_images
@@ -149,6 +150,7 @@ class DnDTraining(TrainingRun):
         transformer = args.make_transformer(vae, grid_size, self.class_names)
         transformer.generation_config.temperature = args.temperature
         transformer.generation_config.guidance_scale = args.guidance_scale if transformer.config.has_null_class else 1.0
+        SamplingSettings.resolve(transformer.config, transformer.generation_config)  # refuses what `generate` would
         if args.gradient_checkpointing:
             transformer.gradient_checkpointing_enable()
         transformer.set_attn_implementation(args.attn_implementation)
@@ -226,4 +228,4 @@ def main(args: DnDArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(DnDArguments))
+    run_script(main, DnDArguments)

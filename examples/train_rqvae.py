@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers.hf_argparser import HfArg
 
 from dnd_hf import RQVAE
-from dnd_hf.arguments import RunArguments, parse_arguments
+from dnd_hf.arguments import RunArguments, run_script
 from dnd_hf.data.images import as_size, check_stride, collate_images, to_images
 from dnd_hf.evaluation.code_usage import code_perplexity
 from dnd_hf.models.autoencoder_rqvae import RQVAEOutput
@@ -280,4 +280,4 @@ def main(args: RQVAEArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(RQVAEArguments))
+    run_script(main, RQVAEArguments)

@@ -20,7 +20,7 @@ from report import describe_machine, table, write_results
 from tokenizer import extract, tokenize
 from train_step import train
 
-from dnd_hf.arguments import parse_arguments
+from dnd_hf.arguments import run_script
 
 
 SUITES = {
@@ -48,4 +48,4 @@ def main(args: BenchmarkArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(BenchmarkArguments))
+    run_script(main, BenchmarkArguments)

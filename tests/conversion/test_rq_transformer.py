@@ -13,6 +13,7 @@ from fixtures.make_official_cases import random_weights
 from safetensors.torch import load_file
 
 from dnd_hf import DnDPipeline, RQTransformerForImageGeneration, convert_rqvae, convert_transformer
+from dnd_hf.arguments import parse_arguments
 from dnd_hf.conversion import convert_pipeline, convert_prompt_tokenizer, convert_rq_transformer, export_original
 
 
@@ -51,7 +52,7 @@ def run_script(*arguments) -> None:
     spec = spec_from_file_location("convert_checkpoint", SCRIPT)
     module = sys.modules[spec.name] = module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.main(module.parse_arguments(module.ConversionArguments, [str(argument) for argument in arguments]))
+    module.main(parse_arguments(module.ConversionArguments, [str(argument) for argument in arguments]))
 
 
 def with_config(archive: Path, *path: str, value) -> None:

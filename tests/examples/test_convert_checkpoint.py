@@ -11,6 +11,7 @@ import torch
 from fixtures.official_cases import PARITY
 
 from dnd_hf import RQVAE, DnDForImageGeneration, DnDPipeline
+from dnd_hf.arguments import parse_arguments
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "convert_checkpoint.py"
@@ -21,7 +22,7 @@ def run_script(*arguments) -> None:
     spec = spec_from_file_location("convert_checkpoint", SCRIPT)
     module = sys.modules[spec.name] = module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.main(module.parse_arguments(module.ConversionArguments, [str(argument) for argument in arguments]))
+    module.main(parse_arguments(module.ConversionArguments, [str(argument) for argument in arguments]))
 
 
 def test_the_script_makes_a_pipeline_and_writes_it_back(tmp_path):

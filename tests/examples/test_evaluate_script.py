@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
+from dnd_hf.arguments import parse_arguments
 from dnd_hf.data.words import WordImages
 from dnd_hf.evaluation import words
 
@@ -30,7 +31,7 @@ def evaluate(script, tmp_path, monkeypatch):
 
     def run(options: str) -> tuple[dict, str]:
         argv = [*options.split(), "--output_dir", "out", "--device", "cpu", "--num_workers", "0"]
-        script["main"](script["parse_arguments"](script["EvaluationArguments"], argv))
+        script["main"](parse_arguments(script["EvaluationArguments"], argv))
         return json.loads(Path("out/results.json").read_text()), Path("out/results.md").read_text()
 
     yield run
@@ -204,7 +205,7 @@ def test_words_has_its_figures_where_they_were(script, evaluate, monkeypatch):
 )
 def test_bad_arguments_end_with_a_message(script, capsys, options, message):
     with pytest.raises(SystemExit):
-        script["parse_arguments"](script["EvaluationArguments"], options.split())
+        parse_arguments(script["EvaluationArguments"], options.split())
     assert message in capsys.readouterr().err
 
 

@@ -1,0 +1,110 @@
+"""dnd_hf.arguments: how a script ends: one line and an exit code where the user is at fault, a traceback where not."""
+
+import errno
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+from dnd_hf import DnDConfig
+from dnd_hf.arguments import run_script
+
+
+@dataclass
+class Options:
+    error: str = ""
+    vocab_size: int = 16
+
+    def __post_init__(self):
+        if self.vocab_size == 7:
+            raise ValueError("--vocab_size must not be 7.")
+
+
+def main(args: Options) -> None:
+    if args.error == "library":
+        DnDConfig(vocab_size=args.vocab_size)
+    elif args.error == "foreign":
+        int("seven")
+    elif args.error == "file":
+        Path("nowhere").read_text()
+    elif args.error == "disk":
+        raise OSError(errno.ENOSPC, "No space left on device")
+    elif args.error == "stopped":
+        raise RuntimeError("the run has diverged.")
+    elif args.error == "bug":
+        raise KeyError("missing")
+    elif args.error == "interrupt":
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ("--vocab_size 7", 2, "--vocab_size must not be 7. (--help lists the options)"),
+        ("--vocab_size many", 2, "argument --vocab_size/--vocab-size: invalid int value: 'many'"),
+        ("--size 7", 2, "unrecognized arguments: --size 7"),
+        ("--config nowhere.yaml", 2, "--config nowhere.yaml: [Errno 2] No such file"),
+        ("--error library --vocab_size 0", 2, "--vocab_size must be"),
+        ("--error foreign", 2, "invalid literal for int() with base 10: 'seven'"),
+        ("--error file", 2, "No such file or directory: 'nowhere'"),
+        ("--error disk", 1, "No space left on device"),
+        ("--error stopped", 1, "the run has diverged."),
+        ("--error interrupt", 130, "interrupted"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_an_exit_code(monkeypatch, capsys, tmp_path, options, code, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [__file__, *options.split()])
+    with pytest.raises(SystemExit) as end:
+        run_script(main, Options)
+    written = capsys.readouterr()
+    (line,) = written.err.splitlines()
+    assert (end.value.code, written.out) == (code, "")
+    assert line.startswith("test_arguments.py: error: ") and message in line
+
+
+@pytest.mark.parametrize(
+    ("options", "error"), [("--error bug", KeyError), ("--error library --vocab_size 0 --debug", ValueError)]
+)
+def test_a_bug_and_debug_show_the_traceback(monkeypatch, options, error):
+    monkeypatch.setattr(sys, "argv", [__file__, *options.split()])
+    with pytest.raises(error):
+        run_script(main, Options)
+
+
+def run_two_processes(folder: Path, main: str) -> tuple[str, str]:
+    """All that two processes of one script write, and the line that is this project's."""
+    program = f"""
+        import os, time
+        from dataclasses import dataclass
+        from dnd_hf.arguments import run_script
+
+        @dataclass
+        class Options:
+            seed: int = 0
+
+        def main(args):
+            {main}
+
+        run_script(main, Options)
+    """
+    (folder / "script.py").write_text(dedent(program))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "script.py"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    (line,) = (line for line in done.stderr.splitlines() if "script.py: error: " in line)
+    return done.stderr, line
+
+
+def test_of_several_processes_the_main_one_says_what_is_wrong(tmp_path):
+    output, line = run_two_processes(tmp_path, "raise ValueError('`seed` must be odd.')")
+    assert line == "script.py: error: --seed must be odd." and "exitcode  : 2" in output
+
+
+def test_a_process_that_fails_while_the_main_one_works_says_so_itself(tmp_path):
+    fail = "time.sleep(60) if os.environ['RANK'] == '0' else int('x')"
+    assert "script.py: error: process 1: invalid literal for int()" in run_two_processes(tmp_path, fail)[1]
