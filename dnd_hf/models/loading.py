@@ -24,7 +24,7 @@ class LoadingMixin:
         if any(name in kwargs and kwargs[name] is None for name in ("dtype", "torch_dtype")):
             kwargs = {name: value for name, value in kwargs.items() if name != "torch_dtype"}
             kwargs["dtype"] = torch.float32
-        model, info = super().from_pretrained(
+        model, info = super().from_pretrained(  # type: ignore[misc] # of the library's class, which comes after this
             pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
         faults = [f"{name} is missing" for name in sorted(info["missing_keys"])]

@@ -79,7 +79,7 @@ class DnDPipeline(SavingMixin, DiffusionPipeline):
     @property
     def labels(self) -> dict[str, int]:
         """Class names and their ids; a name such as "tench, Tinca tinca" also counts for each of its parts."""
-        labels = {}
+        labels: dict[str, int] = {}
         for index, name in sorted(self.transformer.config.id2label.items()):
             for part in (name, *name.split(",")):
                 labels.setdefault(part.strip(), index)

@@ -4,7 +4,7 @@ Each file is whole in itself: of the relative imports of a file, diffusers copie
 """
 
 import ast
-import sys
+import inspect
 from pathlib import Path
 
 
@@ -42,7 +42,7 @@ def remote_code(*classes: type) -> str:
     It is the module of the first, which may import the others, see [`joined_modules`]. For classes that are not of the
     installed package, it is the file that they were loaded from.
     """
-    path = Path(sys.modules[classes[0].__module__].__file__)
+    path = Path(inspect.getfile(classes[0]))
     if not is_installed(classes[0]):
         return path.read_text(encoding="utf-8")
     names = [cls.__name__ for cls in classes]
@@ -101,9 +101,8 @@ def _without_relative_imports(path: Path) -> str:
     blocks = [node for node in ast.parse(text).body if _is_for_type_checkers(node)]
     for node in [*blocks, *_relative_imports(_parse(path))]:
         indentation = lines[node.lineno - 1][: node.col_offset]
-        lines[node.lineno - 1 : node.end_lineno] = [f"{indentation}pass" if indentation else ""] * (
-            node.end_lineno - node.lineno + 1
-        )
+        for number in range(node.lineno - 1, node.end_lineno or node.lineno):
+            lines[number] = f"{indentation}pass" if indentation else ""
     return "\n".join(lines)
 
 

@@ -7,6 +7,8 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+from diffusers import ConfigMixin
+from diffusers.utils import PushToHubMixin
 from huggingface_hub import file_exists
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,7 +17,7 @@ from .model_cards import pipeline_card
 from .remote_code import is_installed, remote_code
 
 
-class SavingMixin:
+class SavingMixin(ConfigMixin, PushToHubMixin):
     """For a diffusers pipeline of a `transformer` and a `vqvae`, before `DiffusionPipeline`.
 
     A saved folder loads by `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` as well, and each of its
