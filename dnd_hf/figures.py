@@ -38,7 +38,7 @@ def import_figure() -> type:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "dnd-hf[eval]"') from error
+        raise ImportError('plots need matplotlib: pip install ".[eval]" in a clone of dnd_hf') from error
     return Figure
 
 

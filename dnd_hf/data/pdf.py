@@ -188,7 +188,7 @@ def _pypdfium2():
     try:
         import pypdfium2
     except ImportError as error:
-        raise ImportError('reading PDFs needs pypdfium2: pip install "dnd-hf[pdf]"') from error
+        raise ImportError('reading PDFs needs pypdfium2: pip install ".[pdf]" in a clone of dnd_hf') from error
     return pypdfium2
 
 

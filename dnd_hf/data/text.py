@@ -44,7 +44,7 @@ class Face:
         try:
             from fontTools.ttLib import TTFont
         except ImportError as error:
-            raise ImportError('drawing text needs fontTools: pip install "dnd-hf[text]"') from error
+            raise ImportError('drawing text needs fontTools: pip install ".[text]" in a clone of dnd_hf') from error
         self.path = font_path(name)
         try:
             with TTFont(self.path, lazy=True, fontNumber=0) as font:
@@ -86,7 +86,9 @@ def font_path(name: str) -> Path:
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError('the default fonts are those of matplotlib: pip install "dnd-hf[text]"') from error
+        raise ImportError(
+            'the default fonts are those of matplotlib: pip install ".[text]" in a clone of dnd_hf'
+        ) from error
     return Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")
 
 

@@ -72,7 +72,9 @@ def _font(face: str, cap_height: int) -> ImageFont.FreeTypeFont:
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError('rendering words needs the fonts of matplotlib: pip install "dnd-hf[text]"') from error
+        raise ImportError(
+            'rendering words needs the fonts of matplotlib: pip install ".[text]" in a clone of dnd_hf'
+        ) from error
     path = str(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{face}.ttf"))
     _, top, _, bottom = ImageFont.truetype(path, 100).getbbox("H")
     return ImageFont.truetype(path, 100 * cap_height / (bottom - top))

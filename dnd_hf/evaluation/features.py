@@ -41,7 +41,7 @@ class InceptionFeatures(nn.Module):
         except (ImportError, RuntimeError) as error:  # a torchvision built for another torch raises RuntimeError
             raise ImportError(
                 "Inception features need torch-fidelity and a torchvision that fits the installed torch:"
-                f' pip install "dnd-hf[fid]" ({error}). A `feature_model` needs neither.'
+                f' pip install ".[fid]" in a clone of dnd_hf ({error}). A `feature_model` needs neither.'
             ) from error
         self.network = FeatureExtractorInceptionV3(
             self.name, ["2048", "logits_unbiased"], feature_extractor_weights_path=weights

@@ -48,5 +48,5 @@ def import_ssim() -> Callable:
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure
     except ImportError as error:
-        raise ImportError('SSIM needs torchmetrics: pip install "dnd-hf[eval]"') from error
+        raise ImportError('SSIM needs torchmetrics: pip install ".[eval]" in a clone of dnd_hf') from error
     return structural_similarity_index_measure

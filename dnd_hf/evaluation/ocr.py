@@ -49,7 +49,9 @@ class RapidOCR:
         try:
             import rapidocr_onnxruntime
         except ImportError as error:
-            raise ImportError('reading text needs rapidocr-onnxruntime: pip install "dnd-hf[ocr]"') from error
+            raise ImportError(
+                'reading text needs rapidocr-onnxruntime: pip install ".[ocr]" in a clone of dnd_hf'
+            ) from error
         self._engine = rapidocr_onnxruntime.RapidOCR(intra_op_num_threads=num_threads, inter_op_num_threads=1)
         self.detect_lines = detect_lines
 
@@ -105,7 +107,7 @@ class Tesseract:
         try:
             import pytesseract
         except ImportError as error:
-            raise ImportError('Tesseract needs pytesseract: pip install "dnd-hf[eval]"') from error
+            raise ImportError('Tesseract needs pytesseract: pip install ".[eval]" in a clone of dnd_hf') from error
         try:
             installed = pytesseract.get_languages()
         except pytesseract.TesseractNotFoundError as error:

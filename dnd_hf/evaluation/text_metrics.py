@@ -65,5 +65,7 @@ def import_text_metrics() -> tuple:
         import jiwer
         from rouge_score import rouge_scorer
     except ImportError as error:
-        raise ImportError('comparing texts needs rouge-score and jiwer: pip install "dnd-hf[eval]"') from error
+        raise ImportError(
+            'comparing texts needs rouge-score and jiwer: pip install ".[eval]" in a clone of dnd_hf'
+        ) from error
     return jiwer, rouge_scorer

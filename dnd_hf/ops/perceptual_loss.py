@@ -20,7 +20,9 @@ class PerceptualLoss(nn.Module):
         try:
             import lpips
         except (ImportError, RuntimeError) as error:  # a torchvision of another PyTorch raises either
-            raise ImportError(f'the perceptual loss needs LPIPS: pip install "dnd-hf[lpips]" ({error})') from error
+            raise ImportError(
+                f'the perceptual loss needs LPIPS: pip install ".[lpips]" in a clone of dnd_hf ({error})'
+            ) from error
         try:
             network = lpips.LPIPS(net="vgg", verbose=False)
         except OSError as error:

@@ -176,5 +176,5 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     words._font.cache_clear()
     words._letter.cache_clear()
-    with pytest.raises(ImportError, match=r'pip install "dnd-hf\[text\]"'):
+    with pytest.raises(ImportError, match=r'pip install "\.\[text\]"'):
         render_word("ZEBRA", np.random.default_rng(0))

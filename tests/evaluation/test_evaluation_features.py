@@ -160,5 +160,5 @@ def test_inception_is_that_of_torch_fidelity_with_the_weights_asked_for(monkeypa
 
 def test_without_torch_fidelity_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(ImportError, match=r"dnd-hf\[fid\].*`feature_model`"):
+    with pytest.raises(ImportError, match=r"\.\[fid\].*`feature_model`"):
         InceptionFeatures()

@@ -50,7 +50,7 @@ def test_fewer_than_one_thread_is_refused():
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "rapidocr_onnxruntime", None)
-    with pytest.raises(ImportError, match=r'pip install "dnd-hf\[ocr\]"'):
+    with pytest.raises(ImportError, match=r'pip install "\.\[ocr\]"'):
         RapidOCR()
 
 

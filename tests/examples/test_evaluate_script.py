@@ -245,9 +245,9 @@ def test_what_reconstruction_cannot_measure_is_said_with_the_reason(
     printed = capsys.readouterr().out
     for metric, extra in (("lpips", "lpips"), ("rfid", "fid")):
         (line,) = [line for line in markdown.splitlines() if line.startswith(f"Not measured: {metric}, because")]
-        assert f'pip install "dnd-hf[{extra}]"' in line and line in printed
+        assert f'pip install ".[{extra}]"' in line and line in printed
         assert f"{metric} is not measured: " in caplog.text  # before the long work
-    with pytest.raises(ImportError, match=r"dnd-hf\[lpips\]"):
+    with pytest.raises(ImportError, match=r"\.\[lpips\]"):
         evaluate(f"{options} --lpips true")
     results, markdown = evaluate(f"{options} --lpips false --fid false")
     assert results["not_measured"] == {
