@@ -24,7 +24,7 @@ class GraphedLoop(SamplingLoop):
     The first cell that reads a new part of the cache runs as it is, and is captured after that.
 
     Args:
-        free: the loops of this kind that no call is using; it is put there when a call is finished with it.
+        free: the loops of this kind that no call is using; `release` puts it there.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class GraphedLoop(SamplingLoop):
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def read(self, tokens_RTC: Tensor) -> None:
+        self.decoder.memory.zero_()  # what is masked must be finite; an earlier call may have left NaN
         self.decoder.position.zero_()
         super().read(tokens_RTC)
         self.decoder.position += tokens_RTC.shape[1]
@@ -59,9 +60,12 @@ class GraphedLoop(SamplingLoop):
         self.decoder.position += 1
 
     def finish(self) -> Tensor:
-        codes = super().finish().clone()
-        self.free.append(self)  # not where it failed: what is not finite in the cache would spoil the next call
-        return codes
+        return super().finish().clone()
+
+    def release(self) -> None:
+        if self.cell.is_cuda:  # the next call may use another stream
+            torch.cuda.current_stream(self.cell.device).synchronize()
+        self.free.append(self)
 
 
 def capture(function: Callable[[], None], others: Iterable[torch.cuda.CUDAGraph]) -> torch.cuda.CUDAGraph:

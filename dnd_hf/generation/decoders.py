@@ -163,15 +163,15 @@ class StaticDecoder:
     """A [`Decoder`] that calls the layers as they are, in operations whose shapes do not change with the position.
 
     Between multiples of `POSITIONS_IN_GRAPH` a step can be captured and replayed: the position is read on the device,
-    attention reads the cache up to the next multiple, and a mask hides what is not filled. Needs `"sdpa"` or `"eager"`
-    attention.
+    attention reads the cache up to the next multiple, and a mask hides what is not filled, which must be finite. Needs
+    `"sdpa"` or `"eager"` attention.
     """
 
     def __init__(self, stack: LayerStack, rows: int, device: torch.device, dtype: torch.dtype):
         self.stack = stack
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         """`(1,)`: the position of the next token, which the loop counts up."""
-        self.memory = cache_memory(stack, rows, device, dtype).zero_()  # what is masked must be finite
+        self.memory = cache_memory(stack, rows, device, dtype)
         self.caches = [FixedKeysValues(keys, values, self.position) for keys, values in self.memory]
         self.masks = causal_mask(stack.length, device, dtype)
 

@@ -93,7 +93,7 @@ class SamplingLoop:
         return self.codes_BLD[: self.images].unflatten(1, tuple(self.model.config.grid_size))
 
     def finish(self) -> Tensor:
-        """The codes behind the last cell.
+        """The codes, behind the last step.
 
         Raises:
             ValueError: they were drawn from logits that are not finite.
@@ -104,6 +104,9 @@ class SamplingLoop:
                 f" {self.model.dtype}, or `temperature` is too small or `guidance_scale` too large."
             )
         return self.codes
+
+    def release(self) -> None:
+        """Ends the call, however it went."""
 
     def choose(self, k: int, hidden_RTC: Tensor) -> Tensor:
         """The codes `(rows, 1)` of depth k, from what head k reads; both sequences of an image get the same."""

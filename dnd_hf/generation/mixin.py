@@ -44,7 +44,7 @@ class ImageGenerationMixin(GenerationMixin):
         do_sample: bool | None = None,
         generator: torch.Generator | int | Sequence[torch.Generator | int] | None = None,
         generation_config: GenerationConfig | None = None,
-        callback: Callable[[int, Tensor], None] | None = None,
+        callback: Callable[[int, Tensor], bool | None] | None = None,
         guidance_schedule: str | None = None,
         guidance_power: float | None = None,
     ) -> Tensor:
@@ -67,7 +67,8 @@ class ImageGenerationMixin(GenerationMixin):
             do_sample: `False`: the most likely code is taken (greedy).
             generator: one, or a list of one an image: then image i depends on its own generator alone, not on the
                 batch. An integer in `[0, 2**64)` is the seed of a new generator on the CPU.
-            callback: called after each grid cell with its index and the codes so far.
+            callback: called after each grid cell with its index and the codes so far. Where it returns True, sampling
+                ends; the codes of the cells behind are 0.
             guidance_schedule, guidance_power: how the guidance grows over the grid, see [`guidance_scales`];
                 `"constant"` (the default), `"linear"` or `"power-cosine"`, the last with a power greater than 0
                 (default 2.75).
@@ -106,13 +107,16 @@ class ImageGenerationMixin(GenerationMixin):
             settings.guidance_scale, settings.guidance_schedule, settings.guidance_power, config.sequence_length
         )
         loop = self._graphed_loop(settings, conditions_BT) if self.cuda_graphs else self._loop(settings, conditions_BT)
-        with evaluation_mode(self):
-            loop.start(conditions_BT, noise_BLD, scales)
-            for cell in range(config.sequence_length):
-                loop.step(cell)
-                if callback is not None:
-                    callback(cell, loop.codes)
-        return loop.finish()
+        try:
+            with evaluation_mode(self):
+                loop.start(conditions_BT, noise_BLD, scales)
+                for cell in range(config.sequence_length):
+                    loop.step(cell)
+                    if callback is not None and callback(cell, loop.codes) is True:
+                        break
+            return loop.finish()
+        finally:
+            loop.release()
 
     @torch.no_grad()
     @apply_forward_hook

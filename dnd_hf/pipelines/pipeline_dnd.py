@@ -17,14 +17,6 @@ from .saving import SavingMixin
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 
 
-class Interrupted(Exception):
-    """Ends the sampling; holds the codes so far."""
-
-    def __init__(self, codes: Tensor):
-        super().__init__()
-        self.codes = codes
-
-
 class DnDPipeline(SavingMixin, DiffusionPipeline):
     """Class-conditional image generation with the DnD-Transformer (arXiv 2410.01912).
 
@@ -150,30 +142,26 @@ class DnDPipeline(SavingMixin, DiffusionPipeline):
         self._interrupt = False
         with self.progress_bar(total=self.transformer.config.sequence_length) as progress:
 
-            def on_step(step: int, codes: Tensor) -> None:
+            def on_step(step: int, codes: Tensor) -> bool:
                 if callback_on_step_end is not None:
                     tensors = {name: codes.clone() for name in callback_on_step_end_tensor_inputs}
                     returned = (callback_on_step_end(self, step, step, tensors) or {}).get("codes", codes)
-                    if not torch.equal(returned, codes):
+                    if returned is not codes and not torch.equal(returned, codes):
                         raise ValueError("`callback_on_step_end` must not change the codes: they cannot be replaced.")
                 progress.update()
-                if self.interrupt:
-                    raise Interrupted(codes)
+                return self.interrupt
 
-            try:
-                codes = self.transformer.generate(
-                    ids,
-                    guidance_scale=guidance_scale,
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                    generator=generator,
-                    guidance_schedule=guidance_schedule,
-                    guidance_power=guidance_power,
-                    callback=on_step,
-                )
-            except Interrupted as interrupted:
-                codes = interrupted.codes.clone()
+            codes = self.transformer.generate(
+                ids,
+                guidance_scale=guidance_scale,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                generator=generator,
+                guidance_schedule=guidance_schedule,
+                guidance_power=guidance_power,
+                callback=on_step,
+            )
 
         # 3. Decode them
         images = codes

@@ -45,6 +45,24 @@ def test_other_filters_batch_sizes_and_weights_are_captured_anew(make_model, gra
     assert torch.equal(model.generate([0], do_sample=False), make_model().double().generate([0], do_sample=False))
 
 
+def test_calls_one_after_the_other_share_their_graphs_and_calls_that_overlap_do_not(make_model, graphed):
+    model = make_model()
+    model.cuda_graphs = True
+
+    def stop(cell, codes):
+        raise StopIteration
+
+    for _ in range(2):
+        with pytest.raises(StopIteration):
+            model.generate([0, 1], callback=stop)
+        model.generate([0, 1])
+    assert len(graphed) == 1
+    model.generate([0, 1], callback=lambda cell, codes: model.generate([2, 3]) is None)
+    assert len(graphed) == 2
+    model.generate([0, 1], callback=lambda cell, codes: model.generate([2, 3]) is None)
+    assert len(graphed) == 2
+
+
 def test_copies_of_a_model_begin_without_graphs(make_model, graphed, tmp_path):
     model = make_model()
     model.cuda_graphs = True

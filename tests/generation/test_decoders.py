@@ -67,6 +67,7 @@ def test_several_tokens_in_one_pass_are_those_of_one_pass_each(implementation, m
         for part in tokens.split(lengths, dim=1):
             position = sum(output.shape[1] for output in outputs)
             if isinstance(decoder, StaticDecoder):
+                decoder.memory[..., position:, :] = 0
                 decoder.position.fill_(position)
             for layer in decoder.at(position, part.shape[1]):
                 part = layer(part)

@@ -190,6 +190,29 @@ def test_a_model_that_is_mended_in_place_generates_again(make_model, any_decoder
     assert torch.equal(call(model, (1, 2)), expected)
 
 
+def test_a_callback_that_returns_true_ends_the_sampling(make_model, any_decoder):
+    model = make_model()
+    expected = call(model, (1, 2)).flatten(1, 2)
+    for stop in (0, 3, 5):
+        codes = call(model, (1, 2), callback=lambda cell, codes, last=stop: cell == last).flatten(1, 2)
+        assert torch.equal(codes[:, : stop + 1], expected[:, : stop + 1])
+        assert (codes[:, stop + 1 :] == 0).all()
+    assert torch.equal(call(model, (1, 2)).flatten(1, 2), expected)
+
+
+def test_a_call_that_ends_with_an_error_leaves_nothing_behind(make_model, any_decoder):
+    model = make_model()
+    expected = call(model, (1, 2))
+
+    def fail(cell, codes):
+        if cell == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        call(model, (3, 4), callback=fail)
+    assert torch.equal(call(model, (1, 2)), expected)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_float32_models_generate_inside_autocast(implementation, make_model, any_decoder):
     model = make_model(code_depth=3)
