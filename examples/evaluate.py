@@ -4,6 +4,8 @@ python examples/evaluate.py --task words --model words --output_dir runs/evaluat
 python examples/evaluate.py --task rocr --model rqvae --dataset_name pages --text_column text --output_dir runs/rocr
 python examples/evaluate.py --task reconstruction --model rqvae --dataset_name photos --output_dir runs/reconstruction
 python examples/evaluate.py --task ppl_ocr --model dnd --dataset_name pages --language_model gpt2 --output_dir runs/ppl
+python examples/evaluate.py --task prose --model dnd --dataset_name pages --training_text text.jsonl \
+    --output_dir runs/prose
 accelerate launch examples/evaluate.py --task generation --model dnd --reference VIRTUAL_imagenet256_labeled.npz \
     --output_dir runs/generation
 """
@@ -14,7 +16,7 @@ from typing import Literal
 from transformers.hf_argparser import HfArg
 
 from dnd_hf.arguments import run_script
-from dnd_hf.evaluation import generation, ppl_ocr, reconstruction, rocr, words
+from dnd_hf.evaluation import generation, ppl_ocr, prose, reconstruction, rocr, words
 from dnd_hf.figures import import_figure
 
 
@@ -22,25 +24,27 @@ TASKS = {
     "rocr": (rocr, rocr.ROCROptions),
     "reconstruction": (reconstruction, reconstruction.ReconstructionOptions),
     "ppl_ocr": (ppl_ocr, ppl_ocr.PplOCROptions),
+    "prose": (prose, prose.ProseOptions),
     "generation": (generation, generation.GenerationOptions),
     "words": (words, words.WordsOptions),
 }
 """Of each task, the module that checks and runs it, and its options."""
 
-SHARED_BY_PROCESSES = ("generation", "ppl_ocr")
+SHARED_BY_PROCESSES = ("generation", "ppl_ocr", "prose")
 
 
 @dataclass
 class EvaluationArguments(
     generation.GenerationOptions,
     ppl_ocr.PplOCROptions,
+    prose.ProseOptions,
     rocr.ROCROptions,
     reconstruction.ReconstructionOptions,
     words.WordsOptions,
 ):
     """Options of this script: those of all tasks. They can also be in a YAML file given as `--config`."""
 
-    task: Literal["rocr", "reconstruction", "ppl_ocr", "generation", "words"] | None = HfArg(
+    task: Literal["rocr", "reconstruction", "ppl_ocr", "prose", "generation", "words"] | None = HfArg(
         default=None, help="What to measure."
     )
 

@@ -1,89 +1,125 @@
 """Does a model of pages of prose write words of its training text, in how many ways, and does it only recite?
 
-Everything is counted on texts: those of generated pages, whoever read them, and those of real held-out pages beside
-them, which say what a number is worth.
+The pages are read, and compared with the training text; those of real, held-out text beside them say what each metric
+is worth.
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from ..data.images import to_images
+from ..data.text import load_texts
+from .glyphs import GlyphReader
+from .images import Failure, SampleImages, read_batches
+from .ocr import OCREngine, try_to_read
+from .options import OCROptions, SamplesOptions, check_ranges, option
+from .reference_text import ReferenceText, compare_with_reference
+from .reports import Report, write_json_lines
 
 
-PUNCTUATION = "!\"'(),-.:;?[]‘’“”—"
-"""What is stripped from both ends of a word before it is compared; inside a word it stays."""
+@dataclass
+class ProseOptions(SamplesOptions, OCROptions):
+    """Options of the task."""
+
+    training_text: str = option(None, "What prose compares with: .txt, .jsonl or .parquet files, column `text`.")
+    temperatures: list[float] = option([], "Temperatures to compare; default: the one of the sampling options.")
+    sequence_lengths: list[int] = option([5, 8], "Words of the sequences that are looked for in the training text.")
+    font: str = option(
+        "DejaVuSansMono", "Monospaced face of the pages, which prose reads by their glyphs without --ocr."
+    )
+    font_size: int = option(13, "Its pixels an em.")
+    cell_size: list[int] = option([16, 8], "Height and width of a letter's cell, which the letters fill.")
 
 
-def words_of(text: str) -> list[str]:
-    """The words of a text: between spaces and line ends, without punctuation around them; upper case stays."""
-    return [word for piece in text.split() if (word := piece.strip(PUNCTUATION))]
+def check(options: ProseOptions) -> None:
+    """Fills in the task's defaults. Raises ValueError for options that cannot work, before anything is loaded."""
+    options.check_task("prose")
+    options.check_real_images("prose")
+    options.check_ocr()
+    options.check_samples(default_num_images=1000)
+    options.check_sampling()
+    if options.training_text is None:
+        raise ValueError("`training_text` is needed: what the texts of the images are compared with.")
+    if options.temperatures and options.temperature is not None:
+        raise ValueError("`temperature` and `temperatures` exclude each other.")
+    if min([*options.temperatures, 1]) <= 0:
+        raise ValueError(f"`temperatures` must be positive, got {options.temperatures}.")
+    if not options.sequence_lengths or min(options.sequence_lengths) < 1:
+        raise ValueError(f"`sequence_lengths` must be positive, got {options.sequence_lengths}.")
+    if len(options.cell_size) != 2 or min(options.cell_size) < 1:
+        raise ValueError(f"`cell_size` must be a positive height and width, got {options.cell_size}.")
+    check_ranges(options, least={"font_size": 1})
 
 
-def sequences_of(words: Sequence[str], length: int) -> list[tuple[str, ...]]:
-    """All runs of `length` consecutive words, in order; [] where there are fewer words."""
-    return list(zip(*(words[start:] for start in range(length))))
+def run(options: ProseOptions) -> Report:
+    """The metrics of real images, of `samples` and of what each `model` generates; every process makes its share.
+
+    The main process measures; texts.jsonl has what was read from each image.
+    """
+    samples, pipelines = options.open_samples(), options.load_pipelines()
+    report, texts = Report(), []
+    if options.state.is_main_process:
+        training_texts = [text for _, text in load_texts(options.training_text)]
+        reference, reader = ReferenceText(training_texts), make_reader(options, training_texts)
+        real = options.load_dataset(options.size_beside(pipelines, samples))
+
+    def measure(name: str, dataset: Dataset, **setting: Any) -> None:
+        found = read_pages(dataset, reader, options.batch_size, options.num_workers)
+        report.add_failures(name, found[1])
+        texts.extend({"model": name, **setting, "index": index, "text": text} for index, text in found[0].items())
+        metrics = compare_with_reference(list(found[0].values()), reference, options.sequence_lengths)
+        report.rows.append({"model": name, "temperature": None, **setting, **metrics})
+
+    if options.state.is_main_process:
+        measure("real", real)
+        for name, dataset in samples.items():
+            measure(name, dataset)
+    for name, pipeline in pipelines.items():
+        for temperature in options.temperatures or [options.temperature]:
+            setting = {} if temperature is None else {"temperature": temperature}
+            label = f"{name}-{temperature}" if options.temperatures else name
+            files = options.sample(label, pipeline, options.sampling | setting)
+            if options.state.is_main_process:
+                measure(name, SampleImages(files[0].parent, len(files)), **setting)
+    if options.state.is_main_process:
+        write_json_lines(options.folder / "texts.jsonl", texts)
+    return report
 
 
-class ReferenceText:
-    """What a text holds: its words, and its sequences of consecutive words.
+def make_reader(options: ProseOptions, texts: Iterable[str]) -> OCREngine:
+    """The OCR engine that the options name, or a reader of the glyphs of all characters of the texts."""
+    if options.ocr is not None:
+        return options.load_engine(options.ocr)
+    characters = "".join(sorted({character for text in texts for character in text if not character.isspace()}))
+    return GlyphReader(characters, options.font, options.font_size, tuple(options.cell_size))
+
+
+def read_pages(
+    dataset: Dataset, reader: OCREngine, batch_size: int = 32, num_workers: int = 0
+) -> tuple[dict[int, str], Sequence[Failure]]:
+    """The texts of images by their indices; images that are broken or that the reader fails at are failures.
+
+    A page where nothing is read counts as a text without words, not as a failure: a model may draw empty pages.
 
     Args:
-        texts: the text, in pieces (such as books) that no sequence goes across.
+        dataset: items as of an `ImageDataset`.
+        reader: an OCR engine.
+        batch_size: images read from `dataset` at once, at least 1.
+        num_workers: processes that read the data set.
 
     Raises:
-        ValueError: no words.
+        ValueError: every image is broken.
     """
-
-    def __init__(self, texts: Iterable[str]):
-        self.pieces = [words_of(text) for text in texts]
-        self.vocabulary = frozenset(chain.from_iterable(self.pieces))
-        if not self.vocabulary:
-            raise ValueError("`texts` has no words.")
-        self._sequences: dict[int, frozenset[tuple[str, ...]]] = {}
-
-    def sequences(self, length: int) -> frozenset[tuple[str, ...]]:
-        """The distinct sequences of `length` consecutive words, at least 1."""
-        if length < 1:
-            raise ValueError(f"`length` must be positive, got {length}.")
-        if length not in self._sequences:
-            found = chain.from_iterable(sequences_of(words, length) for words in self.pieces)
-            self._sequences[length] = frozenset(found)
-        return self._sequences[length]
-
-
-def evaluate_prose(pages: Sequence[str], reference: ReferenceText, lengths: Sequence[int] = (5, 8)) -> dict:
-    """Measures the texts of pages against a reference text, in which upper case and lower case differ.
-
-    Args:
-        pages: one text a page, at least one.
-        reference: usually the training text.
-        lengths: of the sequences of words, each at least 1.
-
-    Returns:
-        `num_pages`, `num_words`; `vocabulary_rate`, the share of words that are words of the reference; for each n of
-        `lengths`, `in_reference_<n>`: the share of the pages' sequences of n words, each occurrence counted and none
-        going across pages, that stand in the reference; `distinct_words`, how many, and `distinct_pages`, the share of
-        pages whose words no earlier page has. Shares are in [0, 1], nan where there is nothing to count.
-
-    Raises:
-        ValueError: no pages, or a length below 1.
-    """
-    if not pages:
-        raise ValueError("`pages` is empty.")
-    words = [words_of(page) for page in pages]
-    every_word = list(chain.from_iterable(words))
-    report = {
-        "num_pages": len(pages),
-        "num_words": len(every_word),
-        "vocabulary_rate": _share(every_word, reference.vocabulary),
-    }
-    for length in lengths:
-        known = reference.sequences(length)
-        found = list(chain.from_iterable(sequences_of(page, length) for page in words))
-        report[f"in_reference_{length}"] = _share(found, known)
-    return report | {
-        "distinct_words": len(set(every_word)),
-        "distinct_pages": len({tuple(page) for page in words}) / len(pages),
-    }
-
-
-def _share(items: Sequence, known: frozenset) -> float:
-    return sum(item in known for item in items) / len(items) if items else float("nan")
+    texts: dict[int, str] = {}
+    failures: list[Failure] = []
+    for indices, images, _ in read_batches(dataset, batch_size, failures, num_workers, "Reading"):
+        for index, image in zip(indices, to_images(images), strict=True):
+            text, reason = try_to_read(reader, image)
+            if reason:
+                failures.append(Failure(index, "OCR", reason))
+            else:
+                texts[index] = text
+    return texts, failures

@@ -12,6 +12,8 @@ from accelerate import PartialState
 from PIL import Image
 
 from dnd_hf.arguments import parse_arguments
+from dnd_hf.data.picture_shards import Note
+from dnd_hf.data.text import TextPictures
 from dnd_hf.data.words import WordImages
 from dnd_hf.evaluation import words
 
@@ -163,6 +165,31 @@ def test_ppl_ocr_compares_samples_and_generated_with_real_images(evaluate, make_
     assert f"{len(left_out)} images were left out:" in markdown and "no readable text" in markdown
 
 
+def test_prose_compares_samples_and_each_temperature_with_the_training_text(evaluate, make_pipeline, tmp_path):
+    pages = TextPictures(["DejaVuSansMono"], [16, 32], 13, 0, line_height=16)
+    for folder, text in (("real", "ab bc x? dd"), ("samples", "ab bc ab cc")):
+        (tmp_path / folder).mkdir()
+        for i, row in enumerate(pages.rows([(0, text)], Note())):
+            row["image"].save(tmp_path / folder / f"{i}.png")
+    (tmp_path / "text.jsonl").write_text('{"text": "ab x? ab."}\n{"text": "bc, dd"}\n')
+    make_pipeline(grid_size=[8, 16]).save_pretrained(tmp_path / "dnd")
+    options = (
+        "--samples samples --dataset_name real --training_text text.jsonl --sequence_lengths 1 2 --sample_size 16 32"
+    )
+    results, _ = evaluate(f"--task prose {options} --num_images 4 --model dnd --temperatures 0.5 1")
+    real, samples, cool, warm = results["rows"]
+    assert real["num_pages"] == 4 and real["vocabulary_rate"] == 1  # "?" is no part of the word x
+    assert samples["vocabulary_rate"] == samples["in_reference_1"] == 3 / 4
+    assert samples["distinct_words"] == 3 and samples["distinct_pages"] == 3 / 4
+    assert [(row["model"], row["temperature"], row["num_pages"]) for row in (cool, warm)] == [
+        ("dnd", 0.5, 4),
+        ("dnd", 1.0, 4),
+    ]
+    texts = [json.loads(line) for line in (tmp_path / "out" / "texts.jsonl").read_text().splitlines()]
+    assert [text["text"] for text in texts[:4]] == ["ab", "bc", "x?", "dd"] and len(texts) == 16
+    assert texts[8:12] != texts[12:]
+
+
 def test_words_has_its_figures_where_they_were(script, evaluate, monkeypatch):
     pytest.importorskip("rapidocr_onnxruntime")
     figures = {"num_images": 200, "accuracy": 0.5, "real_accuracy": 1.0, "word_accuracy": {"APPLE": 0.5}}
@@ -186,6 +213,15 @@ def test_words_has_its_figures_where_they_were(script, evaluate, monkeypatch):
         ("--task words --model a b --output_dir out", "takes one `model`"),
         ("--task reconstruction --model a --output_dir out", "`dataset_name` is needed"),
         ("--task ppl_ocr --model a --dataset_name words --output_dir out", "`language_model` is needed"),
+        ("--task prose --model a --dataset_name d --output_dir out", "`training_text` is needed"),
+        (
+            "--task prose --model a --dataset_name d --training_text t --temperature 1 --temperatures 1 --output_dir o",
+            "exclude each other",
+        ),
+        (
+            "--task prose --model a --dataset_name d --training_text t --temperatures 0 --output_dir out",
+            "`temperatures` must be positive",
+        ),
         ("--task generation --model a --output_dir out", "either `dataset_name` or `reference`"),
         ("--task words --model a --search_scales 2 --output_dir out", "the task words makes no use of `search_scales`"),
         ("--task generation --model a --reference r --search_schedules cosine --output_dir out", "must be of constant"),
