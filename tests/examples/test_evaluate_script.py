@@ -1,6 +1,7 @@
 """examples/evaluate.py: each task runs in a tiny configuration and leaves what it promises; bad input ends at once."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -242,7 +243,7 @@ def test_words_has_its_figures_where_they_were(script, evaluate, monkeypatch):
 def test_bad_arguments_end_with_a_message(script, capsys, options, message):
     with pytest.raises(SystemExit):
         parse_arguments(script["EvaluationArguments"], options.split())
-    assert message in capsys.readouterr().err
+    assert re.sub(r"`(\w+)`", r"--\1", message) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", ["--num_images 6", "--num_images 8 --search_scales 2 --num_search_images 6"])
