@@ -35,6 +35,8 @@ class ConversionArguments:
     transformer_config: str | None = HfArg(default=None, help="Default: config.yaml beside the RQ-Transformer.")
     rqvae_checkpoint: str | None = HfArg(default=None, help="An RQ-VAE, or a tokenizer of LlamaGen (.pt).")
     rqvae_config: str | None = HfArg(default=None, help="Default: config.yaml beside the RQ-VAE.")
+    prompt_vocab: str | None = HfArg(default=None, help="Of a text-conditional model: its bpe-16k-vocab.json.")
+    prompt_merges: str | None = HfArg(default=None, help="And its bpe-16k-merges.txt.")
     to_original: str | None = HfArg(default=None, help="Instead: write this folder in the official format.")
     output_dir: str | None = HfArg(default=None, help="New folder for the result; appears whole or not at all.")
     prediction_layers: list[int] = HfArg(default_factory=list, help="Layers of the heads, from 0; default: inferred.")
@@ -80,6 +82,8 @@ def main(args: ConversionArguments) -> None:
                 args.transformer_checkpoint,
                 args.rqvae_checkpoint,
                 transformer_config=args.transformer_config,
+                prompt_vocab=args.prompt_vocab,
+                prompt_merges=args.prompt_merges,
                 **tokenizer,
                 **transformer,
                 **shared,

@@ -13,7 +13,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from ..files import new_folder, read_json
 from ..models.autoencoder_rqvae import RQVAE
@@ -21,7 +21,12 @@ from ..models.configuration_dnd import DnDConfig
 from ..models.configuration_rq_transformer import RQTransformerConfig
 from ..pipelines.pipeline_dnd import DnDPipeline
 from .checkpoint_file import agreed, as_grid, check_sizes, count_numbers
-from .rq_transformer import convert_rq_transformer, is_rq_transformer, original_rq_transformer
+from .rq_transformer import (
+    convert_prompt_tokenizer,
+    convert_rq_transformer,
+    is_rq_transformer,
+    original_rq_transformer,
+)
 from .tokenizer import convert_rqvae, original_rqvae
 from .transformer import agreed_grid, convert_transformer, original_transformer, read_transformer
 
@@ -35,12 +40,15 @@ def convert_pipeline(
     grid_size: int | Sequence[int] | None = None,
     use_ema: bool = False,
     dtype: torch.dtype | None = None,
+    prompt_vocab: str | os.PathLike | None = None,
+    prompt_merges: str | os.PathLike | None = None,
     **kwargs,
 ) -> DnDPipeline:
     """A transformer and its tokenizer as one pipeline.
 
-    The arguments are those of [`convert_rqvae`] and [`convert_any_transformer`]. A code grid that the transformer does
-    not tell is the tokenizer's.
+    The arguments are those of [`convert_rqvae`] and [`convert_any_transformer`], and for the text tokenizer those of
+    [`convert_prompt_tokenizer`]; without them a text-conditional pipeline takes token ids only. A code grid that the
+    transformer does not tell is the tokenizer's.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -55,7 +63,23 @@ def convert_pipeline(
     transformer = convert_any_transformer(
         transformer_path, vqvae, transformer_config, grid_size, use_ema, dtype, **kwargs
     )
-    return DnDPipeline(transformer, vqvae)
+    tokenizer = None
+    if prompt_vocab is not None or prompt_merges is not None:
+        tokenizer = _prompt_tokenizer(prompt_vocab, prompt_merges, transformer.config)
+    return DnDPipeline(transformer, vqvae, tokenizer)
+
+
+def _prompt_tokenizer(
+    vocab: str | os.PathLike | None, merges: str | os.PathLike | None, config: PreTrainedConfig
+) -> PreTrainedTokenizerFast:
+    if vocab is None or merges is None:
+        raise ValueError("`prompt_vocab` and `prompt_merges` must be given both: they are one tokenizer.")
+    length = getattr(config, "prompt_length", 0)
+    if not length:
+        raise ValueError("`prompt_vocab` must be None: the transformer reads no text.")
+    tokenizer = convert_prompt_tokenizer(vocab, merges, length)
+    agreed("The number of text tokens", {"the transformer": config.prompt_vocab_size, str(vocab): len(tokenizer)})
+    return tokenizer
 
 
 def convert_any_transformer(

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 PIPELINE_CARD = """---
 library_name: diffusers
-pipeline_tag: unconditional-image-generation
+pipeline_tag: {task}
 tags:
-- dnd-transformer
+- {architecture}
 {tag}---
 
 # {name}
@@ -26,6 +26,13 @@ loads the same pipeline and runs no code of this one.
 """
 
 PAPER = "[arXiv 2410.01912](https://arxiv.org/abs/2410.01912)"
+ARCHITECTURES = {  # by `model_type`: tag, and words
+    "dnd": ("dnd-transformer", f"A DnD-Transformer ({PAPER})"),
+    "rq_transformer": (
+        "rq-transformer",
+        "An RQ-Transformer ([arXiv 2203.01941](https://arxiv.org/abs/2203.01941))",
+    ),
+}
 
 TOKENIZER_CARD = """---
 library_name: diffusers
@@ -81,20 +88,25 @@ Weights: {license}. The code of dnd_hf, also where it lies beside them: Apache-2
 """
 
 
-def pipeline_card(name: str, num_classes: int) -> str:
+def pipeline_card(name: str, num_classes: int, model_type: str = "dnd") -> str:
     """The card of a pipeline: what it is and how to use it.
 
     Args:
         name: id on the Hub, or folder.
-        num_classes: 1 for a model without class labels.
+        num_classes: 1 for a model without class labels, 0 for one that reads text.
+        model_type: of the transformer's configuration.
     """
+    architecture, model = ARCHITECTURES[model_type]
+    task, tag = "unconditional-image-generation", ""
     if num_classes > 1:
         tag = "- class-conditional-image-generation\n"
-        what = f"A DnD-Transformer ({PAPER}) that makes images of {num_classes:,} classes."
+        what = f"{model} that makes images of {num_classes:,} classes."
         call = "pipe.labels  # names and ids of its classes\npipe(0)"
+    elif num_classes == 1:
+        what, call = f"{model} that makes images. It has no class labels.", "pipe()"
     else:
-        tag, what, call = "", f"A DnD-Transformer ({PAPER}) that makes images. It has no class labels.", "pipe()"
-    return PIPELINE_CARD.format(name=name, tag=tag, what=what, call=call)
+        task, what, call = "text-to-image", f"{model} that makes images from a text.", 'pipe(prompt="a red house")'
+    return PIPELINE_CARD.format(name=name, task=task, architecture=architecture, tag=tag, what=what, call=call)
 
 
 def tokenizer_card(name: str) -> str:

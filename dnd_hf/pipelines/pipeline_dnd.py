@@ -1,4 +1,4 @@
-"""DnDPipeline: class labels in, images out."""
+"""DnDPipeline: class labels or prompts in, images out."""
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -9,8 +9,9 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .prompts import prompt_tokens
 from .saving import SavingMixin
 
 
@@ -26,18 +27,24 @@ class DnDPipeline(SavingMixin, DiffusionPipeline):
     Args:
         transformer: a [`DnDForImageGeneration`] or [`RQTransformerForImageGeneration`].
         vqvae: the [`RQVAE`] whose codes it was trained on; `None`: codes are all that the pipeline makes.
+        tokenizer: of prompts, for a transformer that reads text.
 
     Raises:
         ValueError: the codes of the one are not those of the other.
     """
 
     model_cpu_offload_seq = "transformer->vqvae"
-    _optional_components = ["vqvae"]
+    _optional_components = ["vqvae", "tokenizer"]
     _callback_tensor_inputs = ["codes"]
 
-    def __init__(self, transformer: PreTrainedModel, vqvae: ModelMixin | None):
+    def __init__(
+        self,
+        transformer: PreTrainedModel,
+        vqvae: ModelMixin | None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
         super().__init__()
-        self.register_modules(transformer=transformer, vqvae=vqvae)
+        self.register_modules(transformer=transformer, vqvae=vqvae, tokenizer=tokenizer)
         self._interrupt = False
         if vqvae is None:
             return
@@ -60,7 +67,8 @@ class DnDPipeline(SavingMixin, DiffusionPipeline):
             kwargs: `dtype`, and models that take the place of the pipeline's.
         """
         # diffusers takes over a model only if the signature names its very class.
-        shared = {name: pipeline.components[name] for name in ("transformer", "vqvae") if name not in kwargs}
+        names = [name for name in ("transformer", "vqvae", "tokenizer") if name not in kwargs]
+        shared = {name: pipeline.components.get(name) for name in names}
         return super().from_pipe(pipeline, **shared, **kwargs)
 
     @property
@@ -109,11 +117,13 @@ class DnDPipeline(SavingMixin, DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("codes",),
         guidance_schedule: str | None = None,
         guidance_power: float | None = None,
+        prompt: str | Sequence[str] | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Makes `num_images_per_label` images of each label, those of one label side by side.
+        """Makes `num_images_per_label` images of each label or prompt, those of one label side by side.
 
         Args:
             class_labels: ids in `[0, num_classes)` or names, one or several; may be left out where there is one class.
+                For a transformer that reads text, token ids `(n, prompt_length)`, or a `prompt` instead.
             num_images_per_label: at least 1.
             guidance_scale, temperature, top_k, top_p, guidance_schedule, guidance_power: see
                 [`DnDForImageGeneration.generate`]; `None`: what the checkpoint's `generation_config.json` says.
@@ -127,6 +137,8 @@ class DnDPipeline(SavingMixin, DiffusionPipeline):
                 Where it sets `pipe._interrupt = True`, the sampling ends, and the images are made of the codes so far,
                 the others being 0.
             callback_on_step_end_tensor_inputs: which tensors it gets; `"codes"`, a copy of the codes so far, or none.
+            prompt: text, one or several, for a transformer that reads text, by the pipeline's `tokenizer`. What is
+                longer than `prompt_length` tokens is cut, with a warning.
 
         Raises:
             ValueError: an argument out of its range, nothing has been computed then; or codes that a callback changed.
@@ -135,8 +147,8 @@ class DnDPipeline(SavingMixin, DiffusionPipeline):
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(num_images_per_label, output_type, callback_on_step_end_tensor_inputs)
-        ids = torch.tensor(self._label_ids(class_labels), device=self._execution_device)
-        ids = ids.repeat_interleave(as_index(num_images_per_label))
+        conditions = self._conditions(class_labels, prompt).to(self._execution_device)
+        conditions = conditions.repeat_interleave(as_index(num_images_per_label), dim=0)
 
         # 2. Sample the codes
         self._interrupt = False
@@ -152,7 +164,7 @@ class DnDPipeline(SavingMixin, DiffusionPipeline):
                 return self.interrupt
 
             codes = self.transformer.generate(
-                ids,
+                conditions,
                 guidance_scale=guidance_scale,
                 temperature=temperature,
                 top_k=top_k,
@@ -191,6 +203,19 @@ class DnDPipeline(SavingMixin, DiffusionPipeline):
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` must be of {self._callback_tensor_inputs}, got {unknown}."
             )
+
+    def _conditions(self, class_labels, prompt: str | Sequence[str] | None) -> Tensor:
+        """`(n,)` class labels, or `(n, prompt_length)` text tokens."""
+        if prompt is not None and class_labels is not None:
+            raise ValueError("`prompt` and `class_labels` must not both be given.")
+        length = getattr(self.transformer.config, "prompt_length", 0)
+        if prompt is not None:
+            return prompt_tokens(self.tokenizer, prompt, length)
+        if not length:
+            return torch.tensor(self._label_ids(class_labels))
+        if class_labels is None:
+            raise ValueError("`prompt` must be given: this model reads text.")
+        return self.transformer.check_conditions(class_labels)
 
     def _label_ids(self, class_labels) -> list[int]:
         num_classes = self.transformer.config.num_classes

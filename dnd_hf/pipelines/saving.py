@@ -69,7 +69,7 @@ class SavingMixin(ConfigMixin, PushToHubMixin):
             ValueError: a model has unmerged PEFT layers; nothing has been written then.
         """
         for name, model in self.components.items():
-            if model is not None and _has_adapters(model):
+            if isinstance(model, nn.Module) and _has_adapters(model):
                 raise ValueError(
                     f"`{name}` has unmerged PEFT layers, which a pipeline cannot be saved with: merge them first"
                     " (`merge_and_unload()` of a PeftModel), or save the adapter by itself."
@@ -81,7 +81,8 @@ class SavingMixin(ConfigMixin, PushToHubMixin):
         super().save_config(save_directory)
         folder, index = Path(save_directory), {}
         (folder / "pipeline.py").write_text(remote_code(type(self)), encoding="utf-8")
-        for name, model in self.components.items():
+        for name in ("transformer", "vqvae"):
+            model = self.components[name]
             if model is None:
                 continue
             model_class = type(getattr(model, "_orig_mod", model))  # of a compiled module, the original
@@ -106,7 +107,8 @@ class SavingMixin(ConfigMixin, PushToHubMixin):
         # The card of the folder that the pipeline was loaded from takes its place, with its images.
         if subfolder is None and not file_exists(repo_id, "README.md", token=token):
             target, source = Path(working_dir), Path(self.name_or_path or working_dir)
-            card = pipeline_card(repo_id, self.transformer.config.num_classes)
+            config = self.transformer.config
+            card = pipeline_card(repo_id, config.num_classes, config.model_type)
             (target / "README.md").write_text(card, encoding="utf-8")
             if (source / "README.md").is_file() and source.resolve() != target.resolve():
                 _copy_card(source, target)

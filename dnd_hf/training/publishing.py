@@ -60,7 +60,7 @@ def write_model_card(args: RunArguments, repo_id: str | None, accelerator: Accel
     """
     folder, name = Path(args.output_dir), repo_id or args.hub_name
     is_pipeline = (folder / "model_index.json").is_file()
-    card = ModelCard(pipeline_card(name, _num_classes(folder)) if is_pipeline else tokenizer_card(name))
+    card = ModelCard(_pipeline_card(name, folder) if is_pipeline else tokenizer_card(name))
     pretrained = getattr(args, "pretrained_transformer", None) or getattr(args, "pretrained_vqvae", None)
     card.data.license = args.hub_license
     dataset, split = _source(args)
@@ -108,8 +108,9 @@ def upload_run(folder: Path, repo_id: str) -> None:
     print(f"{folder} is on the Hub: {commit.commit_url}")
 
 
-def _num_classes(folder: Path) -> int:
-    return AutoConfig.from_pretrained(folder / "transformer").num_classes
+def _pipeline_card(name: str, folder: Path) -> str:
+    config = AutoConfig.from_pretrained(folder / "transformer")
+    return pipeline_card(name, config.num_classes, config.model_type)
 
 
 def _is_on_hub(name: str | None) -> bool:

@@ -269,6 +269,25 @@ def test_a_model_that_reads_nothing_of_the_tokenizer_converts_by_itself(tmp_path
     torch.testing.assert_close(logits, expected["logits"], rtol=0, atol=1e-4)
 
 
+def test_a_text_conditional_archive_becomes_a_pipeline_that_takes_prompts(tmp_path):
+    archive, expected = write_archive("rq_text", tmp_path / "archive")
+    tokens = ["[PAD]", "[UNK]", *"abcdefgh", "a</w>", "b</w>", "ab</w>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b</w>\n")
+    options = ["--transformer_checkpoint", archive / "stage2" / "model.pt", "--prompt_vocab", tmp_path / "vocab.json"]
+    options += ["--rqvae_checkpoint", archive / "stage1" / "model.pt", "--output_dir", tmp_path / "pipe"]
+    with pytest.raises(ValueError, match="`prompt_vocab` and `prompt_merges` must be given both"):
+        run_script(*options)
+    assert not (tmp_path / "pipe").exists()
+    run_script(*options, "--prompt_merges", tmp_path / "merges.txt")
+    pipe = DnDPipeline.from_pretrained(tmp_path / "pipe")
+    pipe.set_progress_bar_config(disable=True)
+    codes = pipe(prompt="AB a", top_k=1, output_type="codes").images
+    assert torch.equal(codes, pipe.transformer.generate([[12, 10, 0, 0, 0]], do_sample=False))
+    greedy = pipe(expected["cond"], top_k=1, output_type="codes").images
+    assert torch.equal(greedy, expected["greedy_codes"])
+
+
 def test_the_official_code_cannot_have_a_null_class(make_rq_model, tmp_path):
     make_rq_model(class_dropout_prob=0.1).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"`class_dropout_prob` must be 0\.0"):
