@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from definitions import generators, guided_logits, regenerate, uniforms_of
 
 from dnd_hf.generation.packed_decoder import can_run_packed
@@ -103,3 +104,14 @@ def test_attention_backends_generate_the_same(implementation, make_rq_model, mak
     codes = model.generate(prompts, generator=0)
     model.set_attn_implementation(implementation)
     assert torch.equal(model.generate(prompts, generator=0), codes)
+
+
+@pytest.mark.parametrize("variant", [dict(), dict(**TEXT, **OWN_EMBEDDINGS, tie_code_embeddings=False)])
+def test_weights_that_are_offloaded_layer_by_layer_generate_and_score_the_same(variant, make_rq_model, make_rq_inputs):
+    model = make_rq_model(**variant)
+    conditions, codes = make_rq_inputs(model)
+    generated, scores = model.generate(conditions, generator=0), model.score(conditions, codes).total
+    cpu_offload(model, torch.device("cpu"))
+    assert model.norm.weight.is_meta
+    assert torch.equal(model.generate(conditions, generator=0), generated)
+    torch.testing.assert_close(model.score(conditions, codes).total, scores)
