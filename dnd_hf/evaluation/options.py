@@ -174,6 +174,9 @@ class PipelineOptions(TaskOptions, SamplingArguments):
     """How pipelines generate."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the pipelines.")
+    vqvae_dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        None, "Precision of their tokenizers; default: that of the pipelines."
+    )
 
     def check_sampling(self) -> None:
         """Raises ValueError for sampling options out of their range, before a model is loaded."""
@@ -181,7 +184,8 @@ class PipelineOptions(TaskOptions, SamplingArguments):
 
     def load_pipeline(self, name: str) -> DnDPipeline:
         """A pipeline on the device of this process."""
-        pipeline = DnDPipeline.from_pretrained(checkpoint_path(name), dtype=getattr(torch, self.dtype))
+        dtypes = {"transformer": getattr(torch, self.dtype), "vqvae": getattr(torch, self.vqvae_dtype or self.dtype)}
+        pipeline = DnDPipeline.from_pretrained(checkpoint_path(name), dtype=dtypes)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(self.run_device)
 
