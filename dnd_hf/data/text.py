@@ -5,17 +5,22 @@ another as they stand, so the languages are those written from left to right wit
 """
 
 import hashlib
+import math
+import os
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
+from glob import glob
 from itertools import islice
 from pathlib import Path
+from textwrap import shorten
 from typing import Literal
 
 import datasets
 import numpy as np
 from datasets import Features, Value
+from datasets.exceptions import DatasetGenerationError
 from PIL import Image, ImageDraw, ImageFont
 
 from ..ops.number_checks import height_width
@@ -24,6 +29,9 @@ from .picture_shards import Note
 
 DEFAULT_FONTS = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono")
 """Faces that matplotlib ships (extra `text`)."""
+
+NUM_PROBES = 200
+"""Characters of a font of which one at least must be drawable."""
 
 _FILE_KINDS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -36,7 +44,7 @@ class Face:
         size: pixels an em, which Pillow calls points.
 
     Raises:
-        ValueError: no font with outlines and Unicode characters.
+        ValueError: no font with outlines and Unicode characters, or a damaged one.
         ImportError: fontTools is not installed, or matplotlib where its face is asked for.
     """
 
@@ -57,8 +65,10 @@ class Face:
             raise ValueError(f"{name} has no table of Unicode characters.")
         self._codes = {code for code, glyph in glyphs.items() if glyph != ".notdef"}
         self.line_height = sum(self.font.getmetrics())
-        self.shows_character, self.length = cache(self._shows_character), cache(self.font.getlength)
+        self.shows_character, self.length = cache(self._shows_character), cache(self._length)
         self.ink = lru_cache(64)(self.font.getbbox)  # of the lines of the picture in hand
+        if not any(map(self.shows_character, islice(map(chr, sorted(self._codes)), NUM_PROBES))):
+            raise ValueError(f"{name} is damaged: none of its first {NUM_PROBES} characters can be drawn.")
 
     def _shows_character(self, character: str) -> bool:
         # Marks and right-to-left scripts have glyphs, but need shaping to be drawn where they belong.
@@ -66,8 +76,18 @@ class Face:
             ord(character) in self._codes
             and unicodedata.category(character)[0] not in "CM"
             and unicodedata.bidirectional(character) not in ("R", "AL")
-            and self.font.getmask(character).getbbox() is not None
+            and self._has_ink(character)
         )
+
+    def _has_ink(self, character: str) -> bool:
+        try:
+            return self.font.getmask(character).getbbox() is not None
+        except OSError:  # a damaged glyph
+            return False
+
+    def _length(self, text: str) -> float:
+        """Pixels from the start of a text to the start of what follows; infinite for more than Pillow measures."""
+        return self.font.getlength(text) if len(text) <= ImageFont.MAX_STRING_LENGTH else math.inf
 
     def shows(self, word: str) -> bool:
         """Whether every character of the word has a visible glyph here and is drawn rightly one after another."""
@@ -175,8 +195,10 @@ class TextPictures:
         while len(lines) < num_lines and start < min(len(words), self.max_words):
             end, length = start, 0.0
             for word in words[start : self.max_words]:
+                if not face.shows(word):
+                    break
                 length += face.length(word)
-                if length > room or not face.shows(word):
+                if length > room:
                     break
                 end, length = end + 1, length + face.length(" ")
             # Ink may reach beyond the advance of the glyphs, or above and below the line.
@@ -250,24 +272,29 @@ def load_texts(
 
     Args:
         name: a data set on the Hub, a local folder, or .txt, .jsonl, .json, .csv or .parquet files (compressed or not;
-            a pattern such as `books/*.txt` too).
+            a pattern such as `books/*.txt` too). Files of any other name are text.
         config_name, split, streaming: as in `datasets.load_dataset`.
         column: of the texts.
         sample_by: what one text of .txt files is.
         num_texts: how many to use, the first ones; default: all.
 
     Raises:
-        ValueError: no such split or column, or no texts in it; no such source: FileNotFoundError.
+        ValueError: no such split or column, or no texts in it, or damaged files; no such source: FileNotFoundError.
     """
     if num_texts is not None and num_texts < 1:
         raise ValueError(f"`num_texts` must be positive, got {num_texts}.")
     kind = next((_FILE_KINDS[suffix] for suffix in Path(name).suffixes if suffix in _FILE_KINDS), None)
-    if kind:
-        options = {"sample_by": sample_by} if kind == "text" else {}
-        rows = datasets.load_dataset(kind, data_files=name, split=split, streaming=streaming, **options)
-    else:
-        rows = datasets.load_dataset(name, config_name, split=split, streaming=streaming)
-    first = next(iter(rows), None)
+    if kind is None and any(map(os.path.isfile, glob(name))):
+        kind = "text"
+    options = {"path": kind, "data_files": name} if kind else {"path": name, "name": config_name}
+    if kind == "text":
+        options["sample_by"] = sample_by
+    try:
+        rows = datasets.load_dataset(split=split, streaming=streaming, **options)
+        first = next(iter(rows), None)
+    except (UnicodeDecodeError, DatasetGenerationError) as error:
+        reason = shorten(str(error.__cause__ or error), 200)
+        raise ValueError(f"{name} cannot be read, it must be {kind or 'data'} in UTF-8: {reason}") from error
     if first is None:
         raise ValueError(f"{name} has no texts in {split!r}.")
     if column not in first:

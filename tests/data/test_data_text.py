@@ -179,6 +179,36 @@ def test_a_damaged_font_is_refused(tmp_path):
             Face(str(tmp_path / "cut.ttf"), 16)
 
 
+def damage(path, tag: str, first: int, last: int) -> str:
+    """DejaVuSans with these bytes of one of its tables overwritten."""
+    whole = bytearray(font_path("DejaVuSans").read_bytes())
+    with TTFont(font_path("DejaVuSans")) as font:
+        start = font.reader.tables[tag].offset
+    whole[start + first : start + last] = b"\xff" * (last - first)
+    path.write_bytes(whole)
+    return str(path)
+
+
+def test_a_font_whose_glyphs_are_damaged_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"cut\.ttf is damaged: none of its first 200 characters can be drawn"):
+        Face(damage(tmp_path / "cut.ttf", "glyf", 0, 100_000), 16)
+
+
+def test_words_with_a_damaged_glyph_are_left_out_and_counted(tmp_path):
+    with TTFont(font_path("DejaVuSans")) as font:
+        start, end = font["loca"][font.getGlyphID("a")], font["loca"][font.getGlyphID("a") + 1]
+    note, name = Note(), damage(tmp_path / "holes.ttf", "glyf", start, end)
+    rows = list(TextPictures([name]).rows([(0, "the words have holes, not all")], note))
+    assert [row["text"] for row in rows] == ["the words", "holes, not"]
+    assert note.left_out == {"words that no font shows": 2}
+
+
+def test_a_word_longer_than_pillow_measures_is_left_out_and_counted():
+    note = Note()
+    rows = list(TextPictures().rows([(0, "one " + "x" * 1_000_001 + " two")], note))
+    assert [row["text"] for row in rows] == ["one", "two"] and note.left_out == {"words larger than a line": 1}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -204,6 +234,22 @@ def test_a_damaged_font_is_refused(tmp_path):
 def test_bad_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         TextPictures(**options)
+
+
+@pytest.mark.parametrize("name", ["LICENCE", "notes.md", "LIC*"])
+def test_files_of_any_other_name_are_text(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for file in ("LICENCE", "notes.md"):
+        (tmp_path / file).write_text("one\n\ntwo\n")
+    assert [text.strip() for _, text in load_texts(str(tmp_path / name))] == ["one", "two"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_that_is_no_text_is_refused(tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "book").write_bytes(bytes(range(256)))
+    with pytest.raises(ValueError, match=r"book cannot be read, it must be text in UTF-8: 'utf-8' codec can't decode"):
+        load_texts(str(tmp_path / "book"), streaming=streaming)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
