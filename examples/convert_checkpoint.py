@@ -6,7 +6,7 @@ python examples/convert_checkpoint.py --transformer_checkpoint stage2/model.pt -
     --output_dir rq-transformer
 python examples/convert_checkpoint.py --to_original dnd-xxl --output_dir dnd-xxl-original
 
-A transformer and its tokenizer become a pipeline, one of them alone a model's folder.
+A transformer and its tokenizer become a pipeline, one of them without the other the folder of a model.
 """
 
 import json

@@ -2,7 +2,7 @@
 
 python examples/make_pdf_images.py --pdf_dir papers --output_dir pdf-images
 
-The same command goes on where the last one was stopped, however it was. docs/data.md describes the result.
+The same command resumes where the last one was stopped, however it was. docs/data.md describes the result.
 """
 
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from transformers.hf_argparser import HfArg
 
 from dnd_hf.arguments import run_script
+from dnd_hf.data.image_shards import ShardArguments, in_batches
 from dnd_hf.data.pdf import PdfCrops
-from dnd_hf.data.picture_shards import ShardArguments, in_batches
 
 
 @dataclass

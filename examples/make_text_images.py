@@ -1,10 +1,10 @@
-"""Draws prose: pictures of consecutive words, each kept with its text, as in the paper's Text-Image data set.
+"""Draws prose: images of consecutive words, each kept with its text, as in the paper's Text-Image data set.
 
 python examples/make_text_images.py --dataset_name "books/*.txt" --output_dir text-images
 python examples/make_text_images.py --dataset_name HuggingFaceFW/fineweb-edu --dataset_config_name sample-10BT \
     --streaming --num_texts 100000 --output_dir text-images
 
-The same command goes on where the last one was stopped, however it was. docs/data.md describes the result.
+The same command resumes where the last one was stopped, however it was. docs/data.md describes the result.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from typing import Literal
 from transformers.hf_argparser import HfArg
 
 from dnd_hf.arguments import run_script
-from dnd_hf.data.picture_shards import ShardArguments, in_batches
-from dnd_hf.data.text import DEFAULT_FONTS, TextPictures, load_texts
+from dnd_hf.data.image_shards import ShardArguments, in_batches
+from dnd_hf.data.text import DEFAULT_FONTS, TextImages, load_texts
 
 
 @dataclass
@@ -35,19 +35,19 @@ class TextImageArguments(ShardArguments):
     num_texts: int | None = HfArg(default=None, help="How many texts to use, the first ones; default: all.")
     fonts: list[str] = HfArg(
         default_factory=lambda: list(DEFAULT_FONTS),
-        help="Files (.ttf, .otf), or names of the faces that matplotlib ships; each picture takes one at random.",
+        help="Files (.ttf, .otf), or names of the faces that matplotlib ships; each image takes one at random.",
     )
     image_size: list[int] = HfArg(default_factory=lambda: [512], help="Height and width in pixels.")
     font_size: int = HfArg(default=32, help="Size of the font, pixels an em.")
     margin: int = HfArg(default=20, help="Pixels along each edge that no ink touches.")
-    max_words: int = HfArg(default=100, help="Most words of a picture.")
-    min_words: int = HfArg(default=1, help="Pictures of fewer words, such as the end of a text, are left out.")
+    max_words: int = HfArg(default=100, help="Most words of an image.")
+    min_words: int = HfArg(default=1, help="Images of fewer words, such as the end of a text, are left out.")
     line_spacing: float = HfArg(default=1.0, help="Distance of lines, in heights of a line.")
     line_height: int | None = HfArg(
         default=None,
         help="Pixels of a line; default: the font's ascent and descent. Words with ink beyond it are left out.",
     )
-    max_pictures: int | None = HfArg(default=None, help="Most pictures of a text, its first ones; default: all.")
+    max_pictures: int | None = HfArg(default=None, help="Most images of a text, its first ones; default: all.")
     shard_characters: int = HfArg(default=200_000, help="Characters of text that a file is made of, at least.")
 
     def __post_init__(self):
@@ -58,7 +58,7 @@ class TextImageArguments(ShardArguments):
             raise ValueError(f"--shard_characters must be positive, got {self.shard_characters}.")
         if self.num_texts is not None and self.num_texts < 1:
             raise ValueError(f"--num_texts must be positive, got {self.num_texts}.")
-        self.pictures = TextPictures(
+        self.images = TextImages(
             self.fonts,
             self.image_size,
             self.font_size,
@@ -73,7 +73,7 @@ class TextImageArguments(ShardArguments):
 
 
 def main(args: TextImageArguments) -> None:
-    shards = args.open_shards(args.pictures, font_digests=args.pictures.font_digests())
+    shards = args.open_shards(args.images, font_digests=args.images.font_digests())
     if shards.is_complete:
         print(f"{args.output_dir} is complete already.")
         return

@@ -85,7 +85,7 @@ def convert_rqvae(
         path: the `.pt` file; the weights lie under `state_dict` or `model`, or at the top.
         config: an RQ-VAE's configuration file; `None`: `config.yaml` beside `path`. LlamaGen's tokenizers have none.
         grid_size: (height, width) of the code grid. An RQ-VAE's is known and must be the same; of LlamaGen's
-            tokenizers only the size of the training pictures depends on it, 256 pixels if `None`.
+            tokenizers only the size of the training images depends on it, 256 pixels if `None`.
         use_ema: take the averaged weights, which lie under `state_dict_ema` or `ema`.
         dtype: of the weights; `None`: as in the file. The codebooks are float32 always.
 

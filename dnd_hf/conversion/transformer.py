@@ -85,7 +85,7 @@ def convert_transformer(
 
     Args:
         path: the `.pt` file; the weights lie under `model`, `module` or `state_dict`, or at the top.
-        prediction_layers: overrides the 0-based layers of the heads, one a depth.
+        prediction_layers: overrides the 0-based layers of the heads, one per depth.
         num_attention_heads: overrides the number of heads, by default of 64 dimensions (LlamaGen's 3B: of 100).
         grid_size: overrides the (height, width) of the code grid.
         num_classes: overrides the number of classes, without the null class.

@@ -1,11 +1,11 @@
-"""Datasets of codes: what a tokenizer makes of pictures, stored once and read from disk while training.
+"""Datasets of codes: what a tokenizer makes of images, stored once and read from disk while training.
 
 A codes folder is a `datasets` data set in the layout of `save_to_disk`, with the columns `codes` (height x width x
-depth, uint16), `label` (a ClassLabel that knows the names) and `image_index` (the picture a row was made from); the
+depth, uint16), `label` (a ClassLabel that knows the names) and `image_index` (the image a row was made from); the
 tokenizer itself lies beside it in the folder `vqvae`, so that codes and decoder cannot be confused.
 
 It is written shard by shard ([`CodesWriter`]). A shard gets its name when it is complete and is never touched again, so
-an extraction can be killed and go on; `dataset_info.json` comes last and says that the folder is complete.
+an extraction can be killed and resumed; `dataset_info.json` comes last and says that the folder is complete.
 """
 
 import json
@@ -41,16 +41,16 @@ def codes_features(shape: tuple[int, int, int], class_names: list[str]) -> Featu
 
 @dataclass
 class ShardReader(torch.utils.data.IterableDataset):
-    """Batches of the pictures of an extraction, in the order of its shards; worker processes share the parts.
+    """Batches of the images of an extraction, in the order of its shards; worker processes share the parts.
 
     A part of the source (see `read` of [`ImageDataset`] and [`ImageStream`]) becomes shards 0, 1, ... of `shard_size`
-    pictures each, the last one smaller. Batches do not cross shards, so a shard's codes do not depend on where an
+    images each, the last one smaller. Batches do not cross shards, so a shard's codes do not depend on where an
     extraction was interrupted.
 
     Args:
-        dataset: the pictures.
+        dataset: the images.
         parts: (part, its first shard that is missing), what to read.
-        shard_size, batch_size: pictures of a shard and of a batch.
+        shard_size, batch_size: images of a shard and of a batch.
 
     Items are dicts of the `part` and either
 
@@ -67,19 +67,19 @@ class ShardReader(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict]:
         worker = torch.utils.data.get_worker_info()
         for part, shard in self.parts[worker.id :: worker.num_workers] if worker else self.parts:
-            pictures = self.dataset.read(part, self.shard_size, shard * self.shard_size)
-            following = next(pictures, None)
+            images = self.dataset.read(part, self.shard_size, shard * self.shard_size)
+            following = next(images, None)
             while following is not None:
-                rest = chain([following], islice(pictures, self.shard_size - 1))
+                rest = chain([following], islice(images, self.shard_size - 1))
                 while batch := list(islice(rest, self.batch_size)):
                     yield {"part": part, **self._collate(batch)}
-                following = next(pictures, None)
+                following = next(images, None)
                 yield {"part": part, "shard": shard, "last": following is None}
                 shard += 1
 
-    def _collate(self, pictures: list[tuple[int, dict]]) -> dict:
+    def _collate(self, images: list[tuple[int, dict]]) -> dict:
         items, image_index, broken = [], [], []
-        for index, item in pictures:
+        for index, item in images:
             try:
                 items.append(self.dataset.prepare(index, item))
                 image_index.append(index)
@@ -95,7 +95,7 @@ class CodesWriter:
     Args:
         path: the folder.
         features: see [`codes_features`].
-        settings: all that the codes depend on, as JSON; an interrupted extraction goes on with the same alone.
+        settings: all that the codes depend on, as JSON; an interrupted extraction resumes with the same ones only.
 
     Raises:
         ValueError: the folder holds an extraction with other settings, or another data set.
@@ -122,7 +122,7 @@ class CodesWriter:
             part, shard: its place; a folder's rows are in the order of (part, shard).
             last: whether the part ends here.
             batches: codes `(batch, height, width, depth)` in [0, 65535], labels `(batch,)`, image indices `(batch,)`.
-            broken: of each picture that has no rows, its "index", "name" and "reason".
+            broken: of each image that has no rows, its "index", "name" and "reason".
 
         Raises:
             ValueError: a code outside [0, 65535].
@@ -159,9 +159,9 @@ class CodesWriter:
         return dict(sorted(shards.items()))
 
     def finish(self) -> None:
-        """Makes one dataset of all shards as they lie, and lists broken pictures in `broken_images.jsonl`."""
+        """Makes one dataset of all shards as they lie, and lists broken images in `broken_images.jsonl`."""
         shards = self.shards()
-        broken = [json.dumps(picture) + "\n" for note in shards.values() for picture in note["broken"]]
+        broken = [json.dumps(image) + "\n" for note in shards.values() for image in note["broken"]]
         write_text(self.path / "broken_images.jsonl", "".join(broken))
         for leftover in self.path.glob(".*.unfinished"):  # of processes that were killed
             remove(leftover)
@@ -199,7 +199,7 @@ class CodesDataset(torch.utils.data.Dataset):
         feature, self.shape = rows.features["codes"], ()
         while isinstance(feature, List):
             feature, self.shape = feature.feature, (*self.shape, feature.length)
-        # Each picture has equally many rows, one behind the other; numbers are missing where pictures were broken.
+        # Each image has equally many rows, one behind the other; numbers are missing where images were broken.
         images = rows.select_columns("image_index")
         first = images[0]["image_index"]
         self.crops_per_image = sum(1 for _ in takewhile(lambda row: row["image_index"] == first, images))

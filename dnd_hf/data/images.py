@@ -38,25 +38,25 @@ def check_stride(size: tuple[int, int], stride: tuple[int, int]) -> None:
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """An RGB picture as `(3, H, W)` float32 in [-1, 1]: 0 becomes -1 and 255 becomes 1."""
+    """An RGB image as `(3, H, W)` float32 in [-1, 1]: 0 becomes -1 and 255 becomes 1."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
-    """`(batch, 3, H, W)` floats, clamped to [-1, 1], as RGB pictures: the inverse of [`to_pixels`]."""
+    """`(batch, 3, H, W)` floats, clamped to [-1, 1], as RGB images: the inverse of [`to_pixels`]."""
     levels = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return [Image.fromarray(array) for array in levels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def resize_to_cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resizes with its proportions to the smallest picture that covers `size` (height, width); bicubic, antialiased."""
+    """Resizes with its proportions to the smallest image that covers `size` (height, width); bicubic, antialiased."""
     scale = max(size[0] / image.height, size[1] / image.width)
     width, height = max(size[1], round(image.width * scale)), max(size[0], round(image.height * scale))
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def covering_size(resolution: tuple[int, int], crop_range: float) -> tuple[int, int]:
-    """(height, width) of the picture that crops of `resolution` are cut from; ValueError for a range below 1."""
+    """(height, width) of the image that crops of `resolution` are cut from; ValueError for a range below 1."""
     if crop_range < 1:
         raise ValueError(f"`crop_range` must be at least 1, got {crop_range}.")
     return int(resolution[0] * crop_range), int(resolution[1] * crop_range)
@@ -116,7 +116,7 @@ def open_image(value: dict) -> Image.Image:
 
 
 class WithMirrorImage:
-    """Picture -> `(2, 3, H, W)` float32 in [-1, 1]: what `transform` makes of it, and the mirror image of that."""
+    """Image -> `(2, 3, H, W)` float32 in [-1, 1]: what `transform` makes of it, and the mirror image of that."""
 
     def __init__(self, transform: ImageTransform):
         self.transform, self.resolution = transform, transform.resolution
@@ -127,9 +127,9 @@ class WithMirrorImage:
 
 
 class TenCrop:
-    """Picture -> `(10, 3, H, W)` float32 in [-1, 1]: four corners, the center, and the mirror images of these five.
+    """Image -> `(10, 3, H, W)` float32 in [-1, 1]: four corners, the center, and the mirror images of these five.
 
-    The augmentation under which arXiv 2410.01912 extracts codes: the crops are cut from the center of the picture,
+    The augmentation under which arXiv 2410.01912 extracts codes: the crops are cut from the center of the image,
     `crop_range` times as high and wide as `resolution`.
     """
 
@@ -147,16 +147,16 @@ class TenCrop:
 
 
 class BrokenImageError(Exception):
-    """A picture that cannot be decoded: its `index` in the source, its `name` if it is a file, and the `reason`."""
+    """An image that cannot be decoded: its `index` in the source, its `name` if it is a file, and the `reason`."""
 
     def __init__(self, index: int, name: str | None, reason: str):
-        super().__init__(f"picture {index}{f' ({name})' if name else ''} is broken: {reason}")
+        super().__init__(f"image {index}{f' ({name})' if name else ''} is broken: {reason}")
         self.index, self.name, self.reason = index, name, reason
 
 
 @dataclass
 class ImageSource:
-    """Pictures with labels, and what makes tensors of them.
+    """Images with labels, and what makes tensors of them.
 
     Args:
         source: its items are dicts of an image (PIL's, or not yet decoded as in `datasets.Image(decode=False)`) and,
@@ -202,12 +202,12 @@ class ImageSource:
             number = self._class_of_number.get(label)
         if number is None or not 0 <= number < len(self.class_names):
             raise ValueError(
-                f"picture {index} has the label {label!r} in {self.label_column!r}, which is none of the"
+                f"image {index} has the label {label!r} in {self.label_column!r}, which is none of the"
                 f" {len(self.class_names)} classes; choose another split or column."
             )
         value = item[self.image_column]
         if isinstance(value, dict) and value.get("bytes") is None and "://" in (value.get("path") or ""):
-            with fsspec.open(value["path"]) as file:  # a failing connection does not make a picture broken
+            with fsspec.open(value["path"]) as file:  # a failing connection does not make an image broken
                 value = {**value, "bytes": file.read()}
         try:
             if value is None:
@@ -230,34 +230,34 @@ class ImageDataset(ImageSource, torch.utils.data.Dataset):
         return self.prepare(index, self.source[index])
 
     def num_parts(self, part_size: int) -> int:
-        """Into how many parts of `part_size` pictures (the last may be smaller) [`read`] divides the source."""
+        """Into how many parts of `part_size` images (the last may be smaller) [`read`] divides the source."""
         return -(-len(self) // part_size)
 
     def read(self, part: int, part_size: int, first: int = 0) -> Iterator[tuple[int, dict]]:
-        """(index, item for `prepare`) of each picture of a part, from the part's picture `first`."""
+        """(index, item for `prepare`) of each image of a part, from the part's image `first`."""
         end = min((part + 1) * part_size, len(self))
         return ((index, self.source[index]) for index in range(part * part_size + first, end))
 
 
 class ImageStream(ImageSource):
-    """Pictures that arrive in a fixed order, file by file, and are not kept: an `IterableDataset` of `datasets`."""
+    """Images that arrive in a fixed order, file by file, and are not kept: an `IterableDataset` of `datasets`."""
 
     def num_parts(self, part_size: int) -> int:
         """Number of the source's files (its `num_shards`), whatever `part_size`: what can be read independently."""
         return self.source.num_shards
 
     def read(self, part: int, part_size: int, first: int = 0) -> Iterator[tuple[int, dict]]:
-        """(index, item for `prepare`) of each picture of a part; indices are `part * 2^32 +` the place in the part."""
-        # `iter`, because a plain loop would divide the pictures among the workers of a DataLoader a second time.
+        """(index, item for `prepare`) of each image of a part; indices are `part * 2^32 +` the place in the part."""
+        # `iter`, because a plain loop would divide the images among the workers of a DataLoader a second time.
         batches = self.source.shard(self.source.num_shards, part).iter(batch_size=16)
         items = (dict(zip(batch, values)) for batch in batches for values in zip(*batch.values()))
         return islice(enumerate(items, part << 32), first, None)
 
 
 class ReplaceBrokenImages(torch.utils.data.Dataset):
-    """An [`ImageDataset`], or part of one, with the next picture in the place of each that is broken.
+    """An [`ImageDataset`], or part of one, with the next image in the place of each that is broken.
 
-    An item remains a function of its index. Each broken picture is logged once, and counted over the worker processes
+    An item remains a function of its index. Each broken image is logged once, and counted over the worker processes
     of one DataLoader.
 
     Args:
@@ -286,14 +286,14 @@ class ReplaceBrokenImages(torch.utils.data.Dataset):
                 self.broken[place] = True
                 logger.warning("%s; another takes its place.", error)
                 check_broken_share(int(self.broken.sum()), self.num_images, self.max_broken_share, str(error))
-        raise RuntimeError("every picture is broken.")
+        raise RuntimeError("every image is broken.")
 
 
 def check_broken_share(num_broken: int, num_images: int, max_broken_share: float, example: str) -> None:
-    """Raises RuntimeError, with one broken picture as an example, where too large a share of the pictures is broken."""
+    """Raises RuntimeError, with one broken image as an example, where too large a share of the images is broken."""
     if num_broken > max_broken_share * num_images:
         raise RuntimeError(
-            f"{num_broken} of {num_images} pictures are broken, more than --max_broken_share {max_broken_share}"
+            f"{num_broken} of {num_images} images are broken, more than --max_broken_share {max_broken_share}"
             f" allows; for example, {example}"
         )
 

@@ -1,6 +1,6 @@
 """arXiv-Image (arXiv 2410.01912, section 4): pages of PDFs to random crops, each with the text that lies inside it.
 
-The paper's pictures: pages rendered at 1260 x 1782 pixels (A4 at 152 dpi), ten random crops of 512 x 512 from each. The
+The paper's images: pages rendered at 1260 x 1782 pixels (A4 at 152 dpi), ten random crops of 512 x 512 from each. The
 text comes from the PDF's own text layer, glyph by glyph, so that OCR of a reconstruction has a truth to compare with.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 from datasets import Features, Value
 
 from ..ops.number_checks import height_width
-from .picture_shards import Note
+from .image_shards import Note
 
 
 UNKNOWN = "\ufffd"
@@ -40,7 +40,7 @@ class PageItem(NamedTuple):
 class PdfCrops:
     """Cuts random crops from the pages of all PDFs in a folder.
 
-    A page is scaled, with its proportions, to the largest picture that `page_size` holds. Crop places are uniform and
+    A page is scaled, with its proportions, to the largest image that `page_size` holds. Crop places are uniform and
     may overlap; crops with less than `min_ink` are left out and counted, and so are pages smaller than a crop.
 
     Args:
@@ -48,7 +48,7 @@ class PdfCrops:
         page_size, crop_size: height and width, pixels; one number for a square.
         crops_per_page: how many are tried, at least 1.
         min_ink: in [0, 1], the least share of pixels darker than middle grey; two lines of 10 pt text are 0.01.
-        seed: of the places; those of page p of the i-th PDF, in the order of names, depend on `(seed, i, p)` alone.
+        seed: of the places; those of page p of the i-th PDF, in the order of names, depend on `(seed, i, p)` only.
 
     Raises:
         ValueError: an argument outside its range, or no PDF in the folder.
@@ -125,23 +125,23 @@ class PdfCrops:
                 for item in pages:
                     try:
                         with closing(pdf[item.page]) as page:
-                            picture, characters, boxes = self.read_page(page)
+                            image, characters, boxes = self.read_page(page)
                     except pdfium.PdfiumError as error:
                         note.broken.append({"name": f"{shown}, page {item.page + 1}", "reason": str(error)})
                         continue
-                    for crop in self._crops(item, picture, characters, boxes, note):
+                    for crop in self._crops(item, image, characters, boxes, note):
                         yield {"pdf": shown, **crop}
 
-    def _crops(self, item: PageItem, picture, characters: list[str], boxes: np.ndarray, note: Note) -> Iterator[dict]:
+    def _crops(self, item: PageItem, image, characters: list[str], boxes: np.ndarray, note: Note) -> Iterator[dict]:
         height, width = height_width("crop_size", self.crop_size)
-        if picture.height < height or picture.width < width:
+        if image.height < height or image.width < width:
             note.left_out["pages smaller than a crop"] += 1
             return
         rng = np.random.default_rng((self.seed, item.number, item.page))
         for _ in range(self.crops_per_page):
-            left, top = (int(rng.integers(room + 1)) for room in (picture.width - width, picture.height - height))
+            left, top = (int(rng.integers(room + 1)) for room in (image.width - width, image.height - height))
             place = (left, top, left + width, top + height)
-            crop = picture.crop(place)
+            crop = image.crop(place)
             if (np.asarray(crop.convert("L")) < 128).mean() < self.min_ink:
                 note.left_out["crops that are nearly empty"] += 1
                 continue
@@ -157,14 +157,14 @@ class PdfCrops:
         """Renders a page of pypdfium2 and finds its glyphs.
 
         Returns:
-            The RGB picture; the characters in reading order, with spaces and line breaks between them; and their boxes
+            The RGB image; the characters in reading order, with spaces and line breaks between them; and their boxes
             `(characters, 4)` in pixels: left, top, right, bottom.
         """
         pdfium = _pypdfium2()
         height, width = height_width("page_size", self.page_size)
         scale = min(width / page.get_width(), height / page.get_height())
         with closing(page.render(scale=scale * (1 - 1e-9))) as bitmap:  # its size is rounded up
-            picture = bitmap.to_pil().convert("RGB")
+            image = bitmap.to_pil().convert("RGB")
         characters, boxes = [], []
         with closing(page.get_textpage()) as textpage:
             for index in range(textpage.count_chars()):
@@ -181,7 +181,7 @@ class PdfCrops:
                     character = UNKNOWN
                 characters.append(character)
                 boxes.append(box)
-        return picture, characters, _to_pixels(page, picture.size, np.array(boxes).reshape(-1, 4))
+        return image, characters, _to_pixels(page, image.size, np.array(boxes).reshape(-1, 4))
 
 
 def _pypdfium2():
@@ -194,7 +194,7 @@ def _pypdfium2():
 
 def _to_pixels(page, size: tuple[int, int], boxes: np.ndarray) -> np.ndarray:
     """Boxes `(n, 4)` in units of the page (left, bottom, right, top) as pixels (left, top, right, bottom)."""
-    # PDFium knows about rotated and cropped pages, but rounds: it is asked about three points of a larger picture.
+    # PDFium knows about rotated and cropped pages, but rounds: it is asked about three points of a larger image.
     position = _pypdfium2().PdfPosConv(page, (0, 0, 100 * size[0], 100 * size[1], 0))
     origin, right, up = (np.array(position.to_bitmap(*point)) / 100 for point in ((0, 0), (1000, 0), (0, 1000)))
     axes = np.stack([right - origin, up - origin]) / 1000

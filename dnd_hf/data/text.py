@@ -1,6 +1,6 @@
-"""Text-Image (arXiv 2410.01912, section 4): English prose to pictures of it, each kept with the words it shows.
+"""Text-Image (arXiv 2410.01912, section 4): English prose to images of it, each kept with the words it shows.
 
-The paper's pictures: 512 x 512 pixels, 32 pt, at most 100 words, a margin of 20 pixels. Words are drawn one after
+The paper's images: 512 x 512 pixels, 32 pt, at most 100 words, a margin of 20 pixels. Words are drawn one after
 another as they stand, so the languages are those written from left to right with spaces between words.
 """
 
@@ -24,7 +24,7 @@ from datasets.exceptions import DatasetGenerationError
 from PIL import Image, ImageDraw, ImageFont
 
 from ..ops.number_checks import height_width
-from .picture_shards import Note
+from .image_shards import Note
 
 
 DEFAULT_FONTS = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono")
@@ -66,7 +66,7 @@ class Face:
         self._codes = {code for code, glyph in glyphs.items() if glyph != ".notdef"}
         self.line_height = sum(self.font.getmetrics())
         self.shows_character, self.length = cache(self._shows_character), cache(self._length)
-        self.ink = lru_cache(64)(self.font.getbbox)  # of the lines of the picture in hand
+        self.ink = lru_cache(64)(self.font.getbbox)  # of the lines of the image in hand
         if not any(map(self.shows_character, islice(map(chr, sorted(self._codes)), NUM_PROBES))):
             raise ValueError(f"{name} is damaged: none of its first {NUM_PROBES} characters can be drawn.")
 
@@ -120,24 +120,24 @@ def split_words(text: str) -> list[str]:
 
 
 @dataclass
-class TextPictures:
-    """Cuts texts into pictures of consecutive words, black on white, wrapped, from the top left corner.
+class TextImages:
+    """Cuts texts into images of consecutive words, black on white, wrapped, from the top left corner.
 
-    A picture takes one of the fonts at random among those that can show its first word, and as many words as fit, up to
-    `max_words`; it ends early before a word that its font cannot show, with which the next picture begins. A word that
-    no font can show, or that is larger than a line, is left out and counted, and no picture goes across it.
+    An image takes one of the fonts at random among those that can show its first word, and as many words as fit, up to
+    `max_words`; it ends early before a word that its font cannot show, with which the next image begins. A word that
+    no font can show, or that is larger than a line, is left out and counted, and no image goes across it.
 
     Args:
         fonts: files (.ttf, .otf), or names of faces that matplotlib ships.
         image_size: height and width, pixels; one number for a square.
         font_size: pixels an em, which Pillow calls points.
         margin: pixels along each edge that no ink touches.
-        max_words, min_words: of a picture; shorter ones (the end of a text) are left out and counted.
+        max_words, min_words: of an image; shorter ones (the end of a text) are left out and counted.
         line_spacing: at least 1, of the height of a line.
         line_height: pixels of a line, inside which its ink lies; default: the font's ascent and descent. Smaller, it
             removes the gap that a font leaves between lines; a word with ink beyond it is larger than a line.
         max_pictures: of a text, its first ones; default: all.
-        seed: of the choice of fonts; text i depends on `(seed, i)` alone.
+        seed: of the choice of fonts; text i depends on `(seed, i)` only.
 
     Raises:
         ValueError: an argument outside its range, a font that cannot be used, or no room for a line.
@@ -179,16 +179,16 @@ class TextPictures:
             line_height = self._line_height(_face(name, self.font_size))
             if self.width <= 2 * self.margin or self.height < 2 * self.margin + line_height:
                 raise ValueError(
-                    f"a picture of {self.height} x {self.width} pixels has no room for a line of {line_height} pixels"
+                    f"an image of {self.height} x {self.width} pixels has no room for a line of {line_height} pixels"
                     f" ({name}) inside a margin of {self.margin}."
                 )
 
     def font_digests(self) -> list[str]:
-        """SHA-256 of each font file: what the pictures depend on beside the arguments."""
+        """SHA-256 of each font file: what the images depend on beside the arguments."""
         return [hashlib.sha256(font_path(name).read_bytes()).hexdigest() for name in self.fonts]
 
     def wrap(self, words: list[str], face: Face) -> list[str]:
-        """The lines of a picture that begins with the first of these words; [] where that is larger than a line."""
+        """The lines of an image that begins with the first of these words; [] where that is larger than a line."""
         room, line_height = self.width - 2 * self.margin, self._line_height(face)
         num_lines = 1 + int((self.height - 2 * self.margin - line_height) / (line_height * self.line_spacing))
         lines, start = [], 0
@@ -218,25 +218,25 @@ class TextPictures:
         return right - min(left, 0) <= self.width - 2 * self.margin and top >= 0 and bottom <= self._line_height(face)
 
     def draw(self, lines: list[str], face: Face) -> Image.Image:
-        """The picture of these lines, mode "L"."""
-        picture = Image.new("L", (self.width, self.height), 255)
-        canvas = ImageDraw.Draw(picture)
+        """The image of these lines, mode "L"."""
+        image = Image.new("L", (self.width, self.height), 255)
+        canvas = ImageDraw.Draw(image)
         for number, line in enumerate(lines):
             left = min(face.ink(line)[0], 0)
             top = self.margin + int(number * self._line_height(face) * self.line_spacing)
             canvas.text((self.margin - left, top), line, fill=0, font=face.font)
-        return picture
+        return image
 
     def rows(self, items: list[tuple[int, str]], note: Note) -> Iterator[dict]:
-        """The pictures of texts (number in the source, text): `image`, its `text`, `font` and `source`, the number."""
+        """The images of texts (number in the source, text): `image`, its `text`, `font` and `source`, the number."""
         faces = [_face(name, self.font_size) for name in self.fonts]
         for source, text in items:
             rng = np.random.default_rng((self.seed, source))
             words = split_words(text)
             if not words:
                 note.left_out["empty texts"] += 1
-            start = num_pictures = 0
-            while start < len(words) and num_pictures != self.max_pictures:
+            start = num_images = 0
+            while start < len(words) and num_images != self.max_pictures:
                 order = rng.permutation(len(faces))
                 chosen = next((number for number in order if faces[number].shows(words[start])), None)
                 if chosen is None:
@@ -253,9 +253,9 @@ class TextPictures:
                 num_words = shown.count(" ") + 1
                 start += num_words
                 if num_words < self.min_words:
-                    note.left_out["pictures of too few words"] += 1
+                    note.left_out["images of too few words"] += 1
                     continue
-                num_pictures += 1
+                num_images += 1
                 yield {"image": self.draw(lines, face), "text": shown, "font": face.path.name, "source": source}
 
 

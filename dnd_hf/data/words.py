@@ -1,7 +1,7 @@
-"""Rendered words: small pictures of one English word each, made on the fly, for class-conditional models of text.
+"""Rendered words: small images of one English word each, made on the fly, for class-conditional models of text.
 
-The smallest member of the rich-text family: the label is the word, the picture varies in face, size, place, colours
-and tilt, and an OCR engine can tell whether a generated picture says what it was asked to say
+The smallest member of the rich-text family: the label is the word, the image varies in face, size, place, colours
+and tilt, and an OCR engine can tell whether a generated image says what it was asked to say
 (`dnd_hf.evaluation.words`). Nothing is downloaded: the faces are those that matplotlib ships.
 """
 
@@ -47,7 +47,7 @@ PAPERS = ("#fdf6e3", "#cfe8fc", "#fbd3d8", "#d9f2c4")
 """Colours of the background, all light: cream, sky, rose, lime."""
 
 CELLS = 4
-"""Cells that a picture is high, of 8 pixels at 32 as the tokenizer's; words stand at multiples of them."""
+"""Cells that an image is high, of 8 pixels at 32 as the tokenizer's; words stand at multiples of them."""
 
 PITCH = 2
 """Cells from one letter to the next."""
@@ -112,10 +112,10 @@ def render_word(word: str, rng: np.random.Generator, height: int = 32, width: in
     Args:
         word: at least one visible character. Made for capitals: on the lower line the end of a tail may be cut off.
         rng: the only source of randomness.
-        height, width: size of the picture in pixels, at least 16 and 64. A word that does not fit is drawn smaller.
+        height, width: size of the image in pixels, at least 16 and 64. A word that does not fit is drawn smaller.
 
     Returns:
-        RGB picture of `width` x `height` pixels.
+        RGB image of `width` x `height` pixels.
 
     Raises:
         ValueError: `word` is blank or has more than `width / PITCH` letters, or `height` or `width` is too small.
@@ -142,20 +142,20 @@ def render_word(word: str, rng: np.random.Generator, height: int = 32, width: in
         mask.paste(letter, (x, y - above))
         x += letter.width
     mask = mask.rotate(tilt, Image.Resampling.BICUBIC, center=middle).reduce(_OVERSAMPLING)
-    picture = Image.new("RGB", (width, height), paper)
-    picture.paste(ink, mask=mask)
-    return picture
+    image = Image.new("RGB", (width, height), paper)
+    image.paste(ink, mask=mask)
+    return image
 
 
 class WordImages(Dataset):
-    """Pictures of the 100 `WORDS`, rendered when asked for; picture i depends on `(seed, i)` alone.
+    """Images of the 100 `WORDS`, rendered when asked for; image i depends on `(seed, i)` only.
 
     Args:
         num_images: length, at least 1. Labels go round (`i % 100`), so a multiple of 100 has classes of equal size.
-        seed: non-negative. Two seeds give independent streams of pictures.
-        height, width: size of the pictures in pixels, at least 16 and 64.
+        seed: non-negative. Two seeds give independent streams of images.
+        height, width: size of the images in pixels, at least 16 and 64.
 
-    Items are `{"image": PIL.Image.Image, "label": int}`: an RGB picture of `width` x `height` and a label in
+    Items are `{"image": PIL.Image.Image, "label": int}`: an RGB image of `width` x `height` and a label in
     [0, 100), the index of its word in `class_names`. A negative index counts from the end.
 
     Raises:

@@ -14,7 +14,7 @@ from dnd_hf.data.text import Face
 
 
 class GlyphReader:
-    """Reads pages drawn by `dnd_hf.data.text.TextPictures` in one monospaced face, without margin.
+    """Reads pages drawn by `dnd_hf.data.text.TextImages` in one monospaced face, without margin.
 
     Args:
         characters: those that can be read; the space is among them anyway.
@@ -22,13 +22,13 @@ class GlyphReader:
         font_size: pixels an em, which Pillow calls points.
         cell_size: height and width of a cell in pixels: the line height, and the advance of every letter.
 
-    Call with a sequence of pictures, all of one size, which is whole cells; other modes than "L" are converted. It
-    returns one string a picture: its lines from top to bottom without spaces at their ends, joined by a newline; empty
+    Call with a sequence of images, all of one size, which is whole cells; other modes than "L" are converted. It
+    returns one string per image: its lines from top to bottom without spaces at their ends, joined by a newline; empty
     lines stay. Of glyphs at equal distance (mean squared difference of pixels) the first in code order is read.
 
     Raises:
         ValueError: the face lacks a character, or a glyph does not fill the cell: its advance is another, or its ink
-            reaches beyond; pictures of several sizes, or that are not whole cells.
+            reaches beyond; images of several sizes, or that are not whole cells.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class GlyphReader:
         """The nearest glyph of each cell, and how near it is.
 
         Returns:
-            (pictures, rows, columns) indices into `characters`; and root mean squared differences of pixels, on the
+            (images, rows, columns) indices into `characters`; and root mean squared differences of pixels, on the
             scale of 0 to 255: 0 where a cell shows a glyph exactly.
         """
         if not images:

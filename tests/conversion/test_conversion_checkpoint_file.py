@@ -90,8 +90,8 @@ def test_other_files_are_refused_with_what_was_expected(convert, tmp_path):
     with pytest.raises(FileNotFoundError, match="must be a file, there is none"):
         convert(path)
     whole = (PARITY / "rqvae.pt").read_bytes()
-    picture = io.BytesIO(b"\x89PNG\r\n" + bytes(100)).getvalue()
-    for content in (whole[: len(whole) // 2], whole[:100], picture, b"", pickle.dumps([1], protocol=2)):
+    image = io.BytesIO(b"\x89PNG\r\n" + bytes(100)).getvalue()
+    for content in (whole[: len(whole) // 2], whole[:100], image, b"", pickle.dumps([1], protocol=2)):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"checkpoint\.pt must (be a PyTorch checkpoint|hold a dict)"):
             convert(path)

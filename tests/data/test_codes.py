@@ -52,7 +52,7 @@ def test_the_finished_dataset_reads_the_shards_where_they_lie(tmp_path):
     assert CodesDataset(tmp_path).rows.cache_files == [{"filename": str(shard)}]
 
 
-def test_broken_pictures_leave_no_rows_and_their_crops_stay_together(tmp_path):
+def test_broken_images_leave_no_rows_and_their_crops_stay_together(tmp_path):
     writer = make_writer(tmp_path)
     write(writer, (0, 0), slice(0, 6), [1, 1, 1, 3, 3, 3], broken=(0, 2))
     writer.write(0, 1, True, [], [{"index": 4, "name": "4.png", "reason": "torn"}])
@@ -113,12 +113,12 @@ def test_codes_that_do_not_fit_16_bits_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_reader_gives_each_missing_shard_its_pictures_once(num_workers):
-    pictures = [{"image": Image.new("RGB", (8, 8), (i, i, i)), "label": 0} for i in range(14)]
+def test_a_reader_gives_each_missing_shard_its_images_once(num_workers):
+    images = [{"image": Image.new("RGB", (8, 8), (i, i, i)), "label": 0} for i in range(14)]
     for broken in (4, 5, 10):
-        pictures[broken]["image"] = None
-    dataset = ImageDataset(pictures, ImageTransform(8), ["image"])
-    # Shard 0 of part 1 is there already; of the four parts of four pictures, the last has two.
+        images[broken]["image"] = None
+    dataset = ImageDataset(images, ImageTransform(8), ["image"])
+    # Shard 0 of part 1 is there already; of the four parts of four images, the last has two.
     reader = ShardReader(dataset, [(0, 0), (1, 1), (2, 0), (3, 0)], shard_size=4, batch_size=2)
     found, ends, broken = {}, [], []
     for batch in DataLoader(reader, batch_size=None, num_workers=num_workers):
@@ -126,7 +126,7 @@ def test_a_reader_gives_each_missing_shard_its_pictures_once(num_workers):
             ends.append((batch["part"], batch["shard"], batch["last"]))
             continue
         assert batch["part"] not in [part for part, *_ in ends]
-        broken += [picture["index"] for picture in batch["broken"]]
+        broken += [image["index"] for image in batch["broken"]]
         levels = (batch["pixel_values"].mean((1, 2, 3)) + 1) * 127.5
         assert levels.round().int().tolist() == batch["image_index"].tolist()
         found.setdefault(batch["part"], []).append(batch["image_index"].tolist())

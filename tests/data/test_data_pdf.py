@@ -8,8 +8,8 @@ import numpy as np
 import pypdfium2
 import pytest
 
+from dnd_hf.data.image_shards import Note
 from dnd_hf.data.pdf import UNKNOWN, PdfCrops, text_inside
-from dnd_hf.data.picture_shards import Note
 
 
 def write_pdf(
@@ -62,11 +62,11 @@ def crops(folder: Path, note: Note | None = None, **options) -> list[dict]:
     return list(maker.rows(list(maker.pages()), note or Note()))
 
 
-def ink_box(picture: np.ndarray, letter: str) -> tuple[int, int, int, int]:
+def ink_box(image: np.ndarray, letter: str) -> tuple[int, int, int, int]:
     """Left, top, right, bottom, in pixels, of the ink where a letter was written, at two pixels a point."""
     x, y = LETTERS[letter]
     left, top = 2 * x - 10, 600 - 2 * y - 60
-    rows, columns = np.nonzero(picture[top : top + 80, left : left + 70] < 128)
+    rows, columns = np.nonzero(image[top : top + 80, left : left + 70] < 128)
     assert len(rows) > 20
     return left + columns.min(), top + rows.min(), left + columns.max() + 1, top + rows.max() + 1
 
@@ -74,8 +74,8 @@ def ink_box(picture: np.ndarray, letter: str) -> tuple[int, int, int, int]:
 def test_a_crop_has_the_text_of_the_letters_whose_ink_lies_inside_it(folder):
     (page,) = crops(folder, crop_size=[600, 800], crops_per_page=1)
     assert sorted("".join(page["text"].split())) == sorted(LETTERS) and (page["left"], page["top"]) == (0, 0)
-    picture = np.array(page["image"].convert("L"))
-    boxes = {letter: ink_box(picture, letter) for letter in LETTERS}
+    image = np.array(page["image"].convert("L"))
+    boxes = {letter: ink_box(image, letter) for letter in LETTERS}
     seen, cut = set(), 0
     for row in crops(folder, crops_per_page=300):
         left, top = row["left"], row["top"]
@@ -106,9 +106,9 @@ def test_boxes_lie_on_the_ink_of_rotated_and_cropped_pages_too(tmp_path, box, pa
     write_pdf(tmp_path / "a.pdf", [content], box, page)
     maker = PdfCrops(tmp_path, page_size=900)
     with pypdfium2.PdfDocument(tmp_path / "a.pdf") as pdf:
-        picture, characters, boxes = maker.read_page(pdf[0])
-    assert max(picture.size) == 900
-    dark = np.array(picture.convert("L")) < 128
+        image, characters, boxes = maker.read_page(pdf[0])
+    assert max(image.size) == 900
+    dark = np.array(image.convert("L")) < 128
     visible = [(character, box) for character, box in zip(characters, boxes) if not character.isspace()]
     assert len(visible) == 3
     for _, (left, top, right, bottom) in visible:

@@ -11,7 +11,7 @@ from dnd_hf.data.sources import load_image_dataset
 
 
 @pytest.fixture
-def picture() -> Image.Image:
+def image() -> Image.Image:
     levels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     return Image.fromarray(levels)
 
@@ -23,14 +23,14 @@ def test_words_are_rendered_at_the_resolution_with_their_names():
     assert batch["pixel_values"].shape == (4, 3, 32, 96) and batch["labels"].tolist() == [0, 1, 2, 3]
 
 
-def test_a_folder_of_class_folders_has_their_names(tmp_path, picture):
+def test_a_folder_of_class_folders_has_their_names(tmp_path, image):
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         for i in range(2):
-            ImageOps.expand(picture, i).save(tmp_path / name / f"{i}.png")
+            ImageOps.expand(image, i).save(tmp_path / name / f"{i}.png")
     dataset = load_image_dataset(str(tmp_path), ImageTransform((40, 60)))
     assert dataset.class_names == ["cat", "dog"] and len(dataset) == 4
-    assert torch.equal(dataset[0]["pixel_values"], to_pixels(picture))
+    assert torch.equal(dataset[0]["pixel_values"], to_pixels(image))
     with pytest.raises(ValueError, match="fewer than the 5"):
         load_image_dataset(str(tmp_path), ImageTransform(8), num_images=5)
 
@@ -38,8 +38,8 @@ def test_a_folder_of_class_folders_has_their_names(tmp_path, picture):
 @pytest.mark.parametrize(
     ("labels", "names"), [(["b", "a", "b"], ["a", "b"]), ([2, 0, 2], ["0", "2"]), (None, ["image"])]
 )
-def test_labels_may_be_strings_or_integers_or_missing(tmp_path, picture, labels, names):
-    columns = {"image": [picture] * 3} | ({"label": labels} if labels else {})
+def test_labels_may_be_strings_or_integers_or_missing(tmp_path, image, labels, names):
+    columns = {"image": [image] * 3} | ({"label": labels} if labels else {})
     datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "saved")
     dataset = load_image_dataset(str(tmp_path / "saved"), ImageTransform(8))
     assert dataset.class_names == names
@@ -59,15 +59,15 @@ def test_labels_may_be_strings_or_integers_or_missing(tmp_path, picture, labels,
         ({"streaming": True, "num_images": 1}, "`num_images` cannot be drawn from a stream, got 1"),
     ],
 )
-def test_columns_that_do_not_fit_are_named(tmp_path, picture, options, message):
-    columns = {"photo": [picture] * 2, "number": [-1, 0], "half": [None, "cat"], "share": [0.5, 1.0]}
+def test_columns_that_do_not_fit_are_named(tmp_path, image, options, message):
+    columns = {"photo": [image] * 2, "number": [-1, 0], "half": [None, "cat"], "share": [0.5, 1.0]}
     datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match=message):
         load_image_dataset(str(tmp_path / "saved"), ImageTransform(8), **{"image_column": "photo", **options})
 
 
-def test_labels_can_be_left_aside_and_a_split_of_a_saved_dict_read(tmp_path, picture):
-    saved = datasets.Dataset.from_dict({"photo": [picture] * 2, "label": [-1, 0]})
+def test_labels_can_be_left_aside_and_a_split_of_a_saved_dict_read(tmp_path, image):
+    saved = datasets.Dataset.from_dict({"photo": [image] * 2, "label": [-1, 0]})
     datasets.DatasetDict({"train": saved, "test": saved.select([0])}).save_to_disk(tmp_path)
     options = {"image_column": "photo", "label_column": None}
     dataset = load_image_dataset(str(tmp_path), ImageTransform(8), split="test", **options)
@@ -76,7 +76,7 @@ def test_labels_can_be_left_aside_and_a_split_of_a_saved_dict_read(tmp_path, pic
 
 @pytest.fixture
 def parquet(tmp_path) -> str:
-    """Two files of five grey pictures and three classes, as a pattern."""
+    """Two files of five grey images and three classes, as a pattern."""
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee", "cat"])})
     for file in range(2):
         numbers = range(5 * file, 5 * file + 5)
@@ -85,11 +85,11 @@ def parquet(tmp_path) -> str:
     return str(tmp_path / "*.parquet")
 
 
-def test_a_stream_gives_each_file_the_pictures_that_indices_give(parquet):
+def test_a_stream_gives_each_file_the_images_that_indices_give(parquet):
     dataset = load_image_dataset(parquet, ImageTransform(8))
     stream = load_image_dataset(parquet, ImageTransform(8), streaming=True)
     assert stream.class_names == dataset.class_names == ["ant", "bee", "cat"] and stream.num_parts(1) == 2
-    found = [(part, *picture) for part in range(2) for picture in stream.read(part, 1)]
+    found = [(part, *image) for part in range(2) for image in stream.read(part, 1)]
     assert [(part, index - part * 2**32) for part, index, _ in found] == [(i // 5, i % 5) for i in range(10)]
     for (_, index, item), expected in zip(found, dataset, strict=True):
         read = stream.prepare(index, item)
@@ -97,8 +97,8 @@ def test_a_stream_gives_each_file_the_pictures_that_indices_give(parquet):
     assert [index for index, _ in stream.read(1, 1, first=3)] == [2**32 + 3, 2**32 + 4]
 
 
-def test_a_stream_of_classes_without_names_is_refused(tmp_path, picture):
-    datasets.Dataset.from_dict({"image": [picture], "label": [0]}).to_parquet(tmp_path / "0.parquet")
+def test_a_stream_of_classes_without_names_is_refused(tmp_path, image):
+    datasets.Dataset.from_dict({"image": [image], "label": [0]}).to_parquet(tmp_path / "0.parquet")
     with pytest.raises(ValueError, match="does not name its classes"):
         load_image_dataset(str(tmp_path / "0.parquet"), ImageTransform(8), streaming=True)
 
@@ -131,11 +131,11 @@ def test_a_description_names_the_first_classes(tmp_path):
     assert dataset.description == "10 images, 10 classes: a, b, c, d, e, f, g, h, …"
 
 
-def test_a_folder_says_what_it_holds_and_what_is_skipped(tmp_path, picture):
+def test_a_folder_says_what_it_holds_and_what_is_skipped(tmp_path, image):
     for file in ("ant/0.png", "bee/deep/1.jpg", "bee/2.svg", "3.svg", "ant/list.txt"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         if file.endswith((".png", ".jpg")):
-            picture.save(tmp_path / file)
+            image.save(tmp_path / file)
         else:
             (tmp_path / file).write_text("x")
     dataset = load_image_dataset(str(tmp_path), ImageTransform(8))
@@ -145,10 +145,10 @@ def test_a_folder_says_what_it_holds_and_what_is_skipped(tmp_path, picture):
         load_image_dataset(str(tmp_path), ImageTransform(8), streaming=True)
 
 
-def test_a_folder_of_parquet_files_is_read_as_such_and_not_beside_images(parquet, tmp_path, picture):
+def test_a_folder_of_parquet_files_is_read_as_such_and_not_beside_images(parquet, tmp_path, image):
     dataset = load_image_dataset(str(tmp_path), ImageTransform(8))
     assert len(dataset) == 10 and dataset.class_names == ["ant", "bee", "cat"]
-    picture.save(tmp_path / "logo.png")
+    image.save(tmp_path / "logo.png")
     with pytest.raises(ValueError, match=r"holds 1 image files and 2 parquet files\. Name .*\*\.parquet"):
         load_image_dataset(str(tmp_path), ImageTransform(8))
 

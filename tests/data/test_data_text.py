@@ -1,4 +1,4 @@
-"""dnd_hf.data.text: pictures show exactly the words beside them, inside the margin, and no boxes for missing glyphs."""
+"""dnd_hf.data.text: images show exactly the words beside them, inside the margin, and no boxes for missing glyphs."""
 
 import json
 import textwrap
@@ -13,8 +13,8 @@ from fontTools.subset import Subsetter
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont
 
-from dnd_hf.data.picture_shards import Note
-from dnd_hf.data.text import Face, TextPictures, font_path, load_texts, split_words
+from dnd_hf.data.image_shards import Note
+from dnd_hf.data.text import Face, TextImages, font_path, load_texts, split_words
 
 
 PROSE = (
@@ -25,7 +25,7 @@ PROSE = (
 
 
 def make(text: str, note: Note | None = None, source: int = 0, **options) -> list[dict]:
-    return list(TextPictures(**options).rows([(source, text)], note or Note()))
+    return list(TextImages(**options).rows([(source, text)], note or Note()))
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +40,15 @@ def abc_font(tmp_path_factory) -> str:
     return str(path)
 
 
-def test_in_a_monospaced_face_pictures_are_the_lines_of_textwrap_as_pillow_draws_them():
+def test_in_a_monospaced_face_images_are_the_lines_of_textwrap_as_pillow_draws_them():
     rows = make(PROSE, fonts=["DejaVuSansMono"], image_size=[200, 300], font_size=20, margin=10, line_spacing=1.5)
     font = ImageFont.truetype(str(font_path("DejaVuSansMono")), 20, layout_engine=ImageFont.Layout.BASIC)
     height = sum(font.getmetrics())
     lines = textwrap.wrap(PROSE, int(280 / font.getlength("x")), break_on_hyphens=False)
-    a_picture = int((180 - height) / (1.5 * height)) + 1
-    assert a_picture > 2 and len(rows) == -(-len(lines) // a_picture) > 2
+    per_image = int((180 - height) / (1.5 * height)) + 1
+    assert per_image > 2 and len(rows) == -(-len(lines) // per_image) > 2
     for number, row in enumerate(rows):
-        shown = lines[number * a_picture : (number + 1) * a_picture]
+        shown = lines[number * per_image : (number + 1) * per_image]
         expected = Image.new("L", (300, 200), "white")
         for place, line in enumerate(shown):
             ImageDraw.Draw(expected).text((10, 10 + int(place * 1.5 * height)), line, "black", font)
@@ -69,42 +69,42 @@ def test_ink_stays_inside_the_margin_and_the_texts_are_the_prose_word_for_word(f
             assert ink.shape == (180, 331) and ink.max() == 255
             assert ink.sum() == ink[margin : 180 - margin, margin : 331 - margin].sum()
     # Nothing is cut off either: without a margin, there is as much ink as anywhere else.
-    pictures = TextPictures([face], [180, 331], 17, 0)
+    images = TextImages([face], [180, 331], 17, 0)
     line = PROSE.split()[-1]
     alone = Image.new("L", (400, 100), "white")
     ImageDraw.Draw(alone).text((50, 50), line, "black", Face(face, 17).font)
-    assert (255 - np.array(pictures.draw([line], Face(face, 17)), dtype=int)).sum() == (
+    assert (255 - np.array(images.draw([line], Face(face, 17)), dtype=int)).sum() == (
         255 - np.array(alone, dtype=int)
     ).sum()
 
 
-def test_without_one_of_its_words_a_picture_is_another():
-    pictures, face = TextPictures(), Face("DejaVuSerif", 32)
+def test_without_one_of_its_words_an_image_is_another():
+    images, face = TextImages(), Face("DejaVuSerif", 32)
     words = PROSE.split()[:40]
-    whole = pictures.draw(pictures.wrap(words, face), face)
+    whole = images.draw(images.wrap(words, face), face)
     for missing in range(40):
         rest = words[:missing] + words[missing + 1 :]
-        assert not np.array_equal(pictures.draw(pictures.wrap(rest, face), face), whole)
+        assert not np.array_equal(images.draw(images.wrap(rest, face), face), whole)
 
 
-def test_pictures_have_at_most_max_words_and_shorter_ones_than_min_words_are_counted():
+def test_images_have_at_most_max_words_and_shorter_ones_than_min_words_are_counted():
     note = Note()
     rows = make("a " * 25, note, max_words=10, min_words=6)
     assert [row["text"] for row in rows] == [" ".join("a" * 10)] * 2
-    assert note.left_out == {"pictures of too few words": 1}
+    assert note.left_out == {"images of too few words": 1}
     assert len(make("a " * 1000, max_words=300)) > 4  # there is room for fewer
 
 
-def test_a_picture_depends_on_its_seed_and_source_alone():
-    pictures = TextPictures(image_size=128)
+def test_an_image_depends_on_its_seed_and_source_alone():
+    images = TextImages(image_size=128)
     items = [(source, PROSE) for source in range(8)]
 
-    def rows(pictures, items):
-        return [(row["source"], row["text"], row["image"].tobytes()) for row in pictures.rows(items, Note())]
+    def rows(images, items):
+        return [(row["source"], row["text"], row["image"].tobytes()) for row in images.rows(items, Note())]
 
-    assert rows(pictures, items) == [row for item in items for row in rows(pictures, [item])]
-    assert rows(pictures, items) != rows(TextPictures(image_size=128, seed=1), items)
-    assert len({row["font"] for row in pictures.rows(items, Note())}) == 3
+    assert rows(images, items) == [row for item in items for row in rows(images, [item])]
+    assert rows(images, items) != rows(TextImages(image_size=128, seed=1), items)
+    assert len({row["font"] for row in images.rows(items, Note())}) == 3
 
 
 def test_words_that_a_font_lacks_are_drawn_in_another_one(abc_font):
@@ -116,7 +116,7 @@ def test_words_that_a_font_lacks_are_drawn_in_another_one(abc_font):
             assert rows[0]["text"] == "abc cab"
 
 
-def test_words_that_no_font_has_are_left_out_and_counted_and_no_picture_goes_across_them(abc_font):
+def test_words_that_no_font_has_are_left_out_and_counted_and_no_image_goes_across_them(abc_font):
     note = Note()
     assert [row["text"] for row in make("abc dig cab bad", note, fonts=[abc_font])] == ["abc", "cab"]
     assert note.left_out == {"words that no font shows": 2}
@@ -154,7 +154,7 @@ def test_a_word_with_ink_beyond_the_line_height_is_left_out():
     assert [row["text"] for row in rows] == ["on", "own"] and note.left_out == {"words larger than a line": 1}
 
 
-def test_a_text_gives_its_first_max_pictures_pictures():
+def test_a_text_gives_its_first_max_pictures_images():
     texts = [row["text"] for row in make(PROSE, image_size=128, font_size=13)]
     assert len(texts) > 2
     assert [row["text"] for row in make(PROSE, image_size=128, font_size=13, max_pictures=2)] == texts[:2]
@@ -198,14 +198,14 @@ def test_words_with_a_damaged_glyph_are_left_out_and_counted(tmp_path):
     with TTFont(font_path("DejaVuSans")) as font:
         start, end = font["loca"][font.getGlyphID("a")], font["loca"][font.getGlyphID("a") + 1]
     note, name = Note(), damage(tmp_path / "holes.ttf", "glyf", start, end)
-    rows = list(TextPictures([name]).rows([(0, "the words have holes, not all")], note))
+    rows = list(TextImages([name]).rows([(0, "the words have holes, not all")], note))
     assert [row["text"] for row in rows] == ["the words", "holes, not"]
     assert note.left_out == {"words that no font shows": 2}
 
 
 def test_a_word_longer_than_pillow_measures_is_left_out_and_counted():
     note = Note()
-    rows = list(TextPictures().rows([(0, "one " + "x" * 1_000_001 + " two")], note))
+    rows = list(TextImages().rows([(0, "one " + "x" * 1_000_001 + " two")], note))
     assert [row["text"] for row in rows] == ["one", "two"] and note.left_out == {"words larger than a line": 1}
 
 
@@ -233,7 +233,7 @@ def test_a_word_longer_than_pillow_measures_is_left_out_and_counted():
 )
 def test_bad_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        TextPictures(**options)
+        TextImages(**options)
 
 
 @pytest.mark.parametrize("name", ["LICENCE", "notes.md", "LIC*"])

@@ -1,4 +1,4 @@
-"""Rendered words: what a picture promises (size, contrast, room) and how the dataset numbers them."""
+"""Rendered words: what an image promises (size, contrast, room) and how the dataset numbers them."""
 
 import sys
 
@@ -13,9 +13,9 @@ from dnd_hf.data.words import BASELINES, FONT_FACES, INKS, PAPERS, WORDS, WordIm
 LUMINANCE = (0.2126, 0.7152, 0.0722)
 
 
-def colours_of(picture):
+def colours_of(image):
     """Background (the corner, which no text touches) and the colour furthest from it: the text's own, or nearly."""
-    pixels = np.asarray(picture).astype(int).reshape(-1, 3)
+    pixels = np.asarray(image).astype(int).reshape(-1, 3)
     background = pixels[0]
     return background, pixels[np.abs(pixels - background).sum(axis=1).argmax()]
 
@@ -34,12 +34,12 @@ def test_an_item_depends_on_seed_and_index_alone():
     assert len(set(forward)) == 50
 
 
-def test_another_seed_gives_other_pictures():
+def test_another_seed_gives_other_images():
     ones, others = WordImages(20, seed=0), WordImages(20, seed=1)
     assert all(ones[i]["image"].tobytes() != others[i]["image"].tobytes() for i in range(20))
 
 
-def test_items_are_rgb_pictures_of_the_size_asked_for_with_an_int_label():
+def test_items_are_rgb_images_of_the_size_asked_for_with_an_int_label():
     item = WordImages(1, height=48, width=160)[0]
     assert isinstance(item["image"], Image.Image)
     assert (item["image"].mode, item["image"].size) == ("RGB", (160, 48))
@@ -68,9 +68,9 @@ def test_every_face_draws_the_same_word_differently():
     assert len(drawn) == len(FONT_FACES)
 
 
-def inked(picture):
-    """Where a picture is not of its background's colour, which is that of a corner."""
-    pixels = np.asarray(picture).astype(int)
+def inked(image):
+    """Where an image is not of its background's colour, which is that of a corner."""
+    pixels = np.asarray(image).astype(int)
     return np.abs(pixels - pixels[-1, 0]).sum(axis=-1)
 
 
@@ -85,7 +85,7 @@ def test_text_fits_into_the_width(height, width):
 
 
 def test_the_lower_edge_cuts_off_no_more_than_the_end_of_a_tail(monkeypatch):
-    """The same word, whole on the upper line and at the bottom of the picture on the lower."""
+    """The same word, whole on the upper line and at the bottom of the image on the lower."""
     for word in WORDS:
         for seed in range(8):
             amounts = []

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dnd_hf.data.picture_shards import Note
-from dnd_hf.data.text import TextPictures
+from dnd_hf.data.image_shards import Note
+from dnd_hf.data.text import TextImages
 from dnd_hf.evaluation.glyphs import GlyphReader
 
 
@@ -23,7 +23,7 @@ def pages(num_words: int = 400, seed: int = 0) -> list[dict]:
     """Pages of random words of all characters."""
     rng = np.random.default_rng(seed)
     words = ["".join(rng.choice(list(CHARACTERS), rng.integers(1, 12))) for _ in range(num_words)]
-    maker = TextPictures(["DejaVuSansMono"], 128, 13, 0, line_height=16)
+    maker = TextImages(["DejaVuSansMono"], 128, 13, 0, line_height=16)
     return list(maker.rows([(0, " ".join(words))], Note()))
 
 
@@ -54,7 +54,7 @@ def test_colour_and_noise_below_half_the_distance_of_glyphs_change_nothing(reade
     assert reader.nearest(noisy)[1].max() > 0
 
 
-def test_a_picture_is_read_the_same_whatever_is_read_beside_it(reader):
+def test_an_image_is_read_the_same_whatever_is_read_beside_it(reader):
     images = [row["image"] for row in pages()]
     assert reader(images) == [reader([image])[0] for image in images]
     assert reader([]) == []
@@ -63,7 +63,7 @@ def test_a_picture_is_read_the_same_whatever_is_read_beside_it(reader):
 def test_an_empty_page_has_empty_lines_and_a_line_its_spaces(reader):
     page = Image.new("L", (128, 128), 255)
     assert reader([page]) == ["\n" * 7]
-    (row,) = TextPictures(["DejaVuSansMono"], 128, 13, 0, line_height=16).rows([(0, "In a")], Note())
+    (row,) = TextImages(["DejaVuSansMono"], 128, 13, 0, line_height=16).rows([(0, "In a")], Note())
     page.paste(row["image"].crop((0, 0, 128, 16)), (16, 32))
     assert reader([page]) == ["\n\n  In a\n\n\n\n\n"]
 
@@ -81,7 +81,7 @@ def test_glyphs_that_do_not_fill_a_cell_are_refused(options, message):
         GlyphReader(**options)
 
 
-def test_pictures_that_are_not_whole_cells_are_refused(reader):
+def test_images_that_are_not_whole_cells_are_refused(reader):
     for sizes in ([(128, 120)], [(128, 128), (64, 128)]):
         with pytest.raises(ValueError, match="one size is needed, in cells of 16 x 8"):
             reader([Image.new("L", size) for size in sizes])

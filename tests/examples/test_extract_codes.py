@@ -173,7 +173,7 @@ def test_a_start_after_the_end_changes_nothing(folder, codes, capsys):
 
 
 def test_too_many_broken_pictures_stop_the_extraction_and_a_larger_share_lets_it_go_on(folder, codes):
-    with pytest.raises(RuntimeError, match=r"2 of 44 pictures are broken.*for example, picture 20 \(.*20.png\)"):
+    with pytest.raises(RuntimeError, match=r"2 of 44 images are broken.*for example, image 20 \(.*20.png\)"):
         extract(folder, "strict", max_broken_share=0.04)
     assert not (folder / "strict" / "dataset_info.json").exists()
     assert rows(extract(folder, "strict")) == rows(codes)
@@ -203,7 +203,7 @@ def test_a_stream_gives_the_rows_of_the_same_data_whatever_was_there_before(fold
     for path in [*(folder / name).glob("data-00000-*"), *(folder / name).glob("data-00001-0000[12]*")]:
         path.unlink()
     (folder / name / "dataset_info.json").unlink()
-    with pytest.raises(RuntimeError, match="3 of 44 pictures are broken"):
+    with pytest.raises(RuntimeError, match="3 of 44 images are broken"):
         extract(folder, name, **stream, max_broken_share=0.06)
     assert rows(extract(folder, name, **stream)) == streamed
 
@@ -248,7 +248,7 @@ def test_training_reports_broken_pictures_and_stops_at_too_many(folder, monkeypa
     train(0.1)
     reported = [record.getMessage() for record in caplog.records if "is broken" in record.getMessage()]
     assert sorted(int(message.split()[1]) for message in reported) == list(BROKEN)
-    with pytest.raises(RuntimeError, match="1 of 44 pictures are broken"):
+    with pytest.raises(RuntimeError, match="1 of 44 images are broken"):
         train(0.0)
 
 

@@ -31,7 +31,7 @@ OPTIONS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Texts, each a shard, and PDFs. The third shard of either has no pictures: no glyphs, or two blank pages."""
+    """Texts, each a shard, and PDFs. The third shard of either has no images: no glyphs, or two blank pages."""
     folder = tmp_path_factory.mktemp("make")
     rng = np.random.default_rng(0)
 
@@ -91,7 +91,7 @@ def uninterrupted(folder):
 
 
 @pytest.mark.parametrize("script", [TEXT, PDF])
-def test_both_formats_are_read_back_with_the_same_pictures_and_texts(folder, uninterrupted, script):
+def test_both_formats_are_read_back_with_the_same_images_and_texts(folder, uninterrupted, script):
     parquet, images = (rows(uninterrupted(script, output_format)) for output_format in ("parquet", "imagefolder"))
     assert len(parquet) == len(images) > 20
     for row, other in zip(parquet, images):
@@ -112,13 +112,13 @@ def test_both_formats_are_read_back_with_the_same_pictures_and_texts(folder, uni
         (PDF, {"left_out": {"crops that are nearly empty": 8}}),
     ],
 )
-def test_the_report_counts_pictures_and_what_was_left_out(uninterrupted, script, report):
+def test_the_report_counts_images_and_what_was_left_out(uninterrupted, script, report):
     path = uninterrupted(script, "parquet")
     found = json.loads((path / "report.json").read_text())
-    assert found["pictures"] == len(rows(path)) and found == found | report
+    assert found["images"] == len(rows(path)) and found == found | report
     if script == PDF:
         assert [source["name"] for source in found["broken"]] == ["broken.pdf"]
-        assert found["pictures"] + 8 == 4 * (9 + 4)
+        assert found["images"] + 8 == 4 * (9 + 4)
 
 
 def test_the_training_data_reader_takes_the_folder(uninterrupted):
@@ -126,11 +126,11 @@ def test_the_training_data_reader_takes_the_folder(uninterrupted):
     assert dataset[0]["pixel_values"].shape == (3, 64, 64) and dataset.class_names == ["image"]
 
 
-# The script as it is, but the process that has the fourth shard stays for ever after its first picture.
+# The script as it is, but the process that has the fourth shard stays for ever after its first image.
 STOPPING_SCRIPT = """
 import pathlib, runpy, time
 from dnd_hf.data.pdf import PdfCrops
-from dnd_hf.data.text import TextPictures
+from dnd_hf.data.text import TextImages
 def stay_in_the_fourth_shard(maker, first):
     rows = maker.rows
     def rows_or_stay(self, items, note):
@@ -140,7 +140,7 @@ def stay_in_the_fourth_shard(maker, first):
                 pathlib.Path("reached").touch()
                 time.sleep(600)
     maker.rows = rows_or_stay
-stay_in_the_fourth_shard(TextPictures, lambda item: item[0] == 3)
+stay_in_the_fourth_shard(TextImages, lambda item: item[0] == 3)
 stay_in_the_fourth_shard(PdfCrops, lambda item: (item.name, item.page) == ("a.pdf", 6))
 if __name__ == "__main__":
     runpy.run_path({script!r}, run_name="__main__")
@@ -179,7 +179,7 @@ def test_two_processes_that_were_killed_leave_the_same_files_as_one_that_was_not
     with pytest.raises(FileNotFoundError):
         datasets.load_dataset(str(folder / name))
 
-    written[0].unlink()  # as if the kill had come after the pictures of a shard and before its note
+    written[0].unlink()  # as if the kill had come after the images of a shard and before its note
     train = notes.parent / "train"
     whole = [path for path in train.iterdir() if not path.name.startswith(".")]
     kept = {path.name: path.stat().st_ino for path in whole if path.stem != written[0].stem}
@@ -203,7 +203,7 @@ def test_a_start_after_the_end_changes_nothing_and_one_with_other_settings_is_re
         ("--crop_size 90", r"crop_size was \[96\] and is \[90\]"),
         ("--output_format imagefolder", "output_format was 'parquet' and is 'imagefolder'"),
     ]:
-        with pytest.raises(ValueError, match=f"holds pictures of other settings: {message}"):
+        with pytest.raises(ValueError, match=f"holds images of other settings: {message}"):
             make(PDF, path.name, options)
     with pytest.raises(ValueError, match="papers is not an empty folder"):
         make(PDF, "papers")

@@ -1,10 +1,10 @@
-"""Folders of pictures and their texts: made shard by shard in several processes, killed and continued at will.
+"""Folders of images and their texts: made shard by shard in several processes, killed and resumed at will.
 
 A finished folder is what `datasets.load_dataset` reads, with one split: `train/000000.parquet`, ... or, as an image
 folder, `train/000000/00000.png`, ... and `train/metadata.jsonl`; `report.json` counts what was left out.
 
 Until then all lies in `.unfinished`, which `load_dataset` does not see, so that no part is taken for the whole. A shard
-is a function of its number alone; its note, written last, says that it is there.
+is a function of its number only; its note, written last, says that it is there.
 """
 
 import json
@@ -35,14 +35,14 @@ from ..files import keep_settings, remove, write_json, write_text, written_whole
 logger = logging.getLogger(__name__)
 
 ROW_GROUP = 100
-"""Pictures that are in memory at once while a parquet file is written, or later read."""
+"""Images that are in memory at once while a parquet file is written, or later read."""
 
 
 @dataclass
 class Note:
-    """What became of the items of a shard: pictures there are, what was `left_out` and how often, `broken` sources."""
+    """What became of the items of a shard: images there are, what was `left_out` and how often, `broken` sources."""
 
-    pictures: int = 0
+    images: int = 0
     left_out: Counter = field(default_factory=Counter)
     broken: list[dict] = field(default_factory=list)
 
@@ -50,19 +50,19 @@ class Note:
         self.left_out = Counter(self.left_out)
 
     def add(self, other: "Note") -> None:
-        self.pictures += other.pictures
+        self.images += other.images
         self.left_out += other.left_out
         self.broken += other.broken
 
 
-class PictureMaker(Protocol):
-    """Makes pictures of items. Processes get copies, so it can be pickled."""
+class ImageMaker(Protocol):
+    """Makes images of items. Processes get copies, so it can be pickled."""
 
     features: Features
     """Columns of the rows: "image", "text" and others."""
 
     def rows(self, items: list, note: Note) -> Iterator[dict]:
-        """The rows of a shard's items, "image" a PIL picture, a function of the items alone; fills in `note`."""
+        """The rows of a shard's items, "image" a PIL image, a function of the items only; fills in `note`."""
         ...
 
 
@@ -79,23 +79,23 @@ def in_batches(items: Iterable, size: int, weight: Callable[[Any], int] = lambda
         yield batch
 
 
-class PictureShards:
-    """Writes a folder of pictures, by any number of processes.
+class ImageShards:
+    """Writes a folder of images, by any number of processes.
 
     Args:
         path: the folder.
-        maker: what makes the pictures.
-        settings: all that the pictures depend on, as JSON; an interrupted folder goes on with the same alone.
-        output_format: "parquet", or "imagefolder": a PNG file a picture.
+        maker: what makes the images.
+        settings: all that the images depend on, as JSON; an interrupted folder resumes with the same ones only.
+        output_format: "parquet", or "imagefolder": one PNG file per image.
 
     Raises:
-        ValueError: another format, or the folder holds pictures of other settings, or something else.
+        ValueError: another format, or the folder holds images of other settings, or something else.
     """
 
     def __init__(
         self,
         path: str | Path,
-        maker: PictureMaker,
+        maker: ImageMaker,
         settings: dict,
         output_format: Literal["parquet", "imagefolder"] = "parquet",
     ):
@@ -106,7 +106,7 @@ class PictureShards:
         self.settings = json.loads(json.dumps(settings))
         self.settings_file = self.path / ".settings.json"
         if self.settings_file.exists():
-            keep_settings(self.settings_file, self.settings, "pictures of other settings")
+            keep_settings(self.settings_file, self.settings, "images of other settings")
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise ValueError(f"{path} is not an empty folder.")
 
@@ -116,7 +116,7 @@ class PictureShards:
         return (self.path / "train").exists()
 
     def write(self, number: int, items: list) -> Note:
-        """Makes and writes shard `number`, of these items; a shard without pictures is a note alone."""
+        """Makes and writes shard `number`, of these items; a shard without images is only a note."""
         note = Note()
         rows = self._encoded(self.maker.rows(items, note), note)
         is_parquet = self.output_format == "parquet"
@@ -126,7 +126,7 @@ class PictureShards:
                 self._write_parquet(unfinished, rows)
             else:
                 self._write_folder(unfinished, final.name, rows)
-        if not note.pictures:
+        if not note.images:
             remove(final)
         write_json(self._note(number), vars(note))
         return note
@@ -136,11 +136,11 @@ class PictureShards:
 
     @staticmethod
     def _encoded(rows: Iterator[dict], note: Note) -> Iterator[dict]:
-        """The rows, counted, with the bytes of PNG files in the place of pictures."""
+        """The rows, counted, with the bytes of PNG files in the place of images."""
         for row in rows:
             file = BytesIO()
             row["image"].save(file, "PNG")
-            note.pictures += 1
+            note.images += 1
             yield row | {"image": file.getvalue()}
 
     def _write_parquet(self, path: Path, rows: Iterator[dict]) -> None:
@@ -171,8 +171,8 @@ class PictureShards:
             num_processes: at least 1.
 
         Raises:
-            ValueError: `num_processes` below 1, or nothing to make a picture of.
-            BrokenProcessPool: a process was killed; the same call goes on.
+            ValueError: `num_processes` below 1, or nothing to make an image of.
+            BrokenProcessPool: a process was killed; the same call resumes.
         """
         if num_processes < 1:
             raise ValueError(f"`num_processes` must be positive, got {num_processes}.")
@@ -180,8 +180,8 @@ class PictureShards:
             (self.unfinished / name).mkdir(parents=True, exist_ok=True)
         write_json(self.settings_file, self.settings)
         total, made, start, running = Note(), Note(), time.perf_counter(), set()
-        progress = tqdm(unit=" pictures")
-        # No pool of multiprocessing: that one waits for ever for a process that the system has killed.
+        progress = tqdm(unit=" images")
+        # No pool of multiprocessing: that one waits forever for a process that the system has killed.
         pool = ProcessPoolExecutor(num_processes, initializer=_end_with_parent)
         try:
             for number, items in enumerate(batches):
@@ -196,10 +196,10 @@ class PictureShards:
         finally:
             pool.shutdown(cancel_futures=True)
             progress.close()
-        rate = made.pictures / (time.perf_counter() - start)
+        rate = made.images / (time.perf_counter() - start)
         total.add(made)
         self._finish(total)
-        print(f"{self.path}: {total.pictures} pictures, of which {made.pictures} were made at {rate:.1f} pictures/s")
+        print(f"{self.path}: {total.images} images, of which {made.images} were made at {rate:.1f} images/s")
         print("by", num_processes, "processes; left out:", json.dumps(total.left_out) if total.left_out else "nothing")
         return total
 
@@ -209,14 +209,14 @@ class PictureShards:
         for future in finished:
             note = future.result()
             made.add(note)
-            progress.update(note.pictures)
+            progress.update(note.images)
             for source in note.broken:
                 logger.warning("%s is left out: %s", source["name"], source["reason"])
         return running
 
     def _finish(self, total: Note) -> None:
-        if not total.pictures:
-            raise ValueError(f"there is nothing to make a picture of; left out: {dict(total.left_out)}{total.broken}.")
+        if not total.images:
+            raise ValueError(f"there is nothing to make an image of; left out: {dict(total.left_out)}{total.broken}.")
         total.broken.sort(key=lambda source: source["name"])
         total.left_out = Counter(dict(sorted(total.left_out.items())))
         for leftover in (self.unfinished / "train").glob(".*.unfinished"):  # of processes that were killed
@@ -234,7 +234,7 @@ class PictureShards:
 class ShardArguments:
     """Options that the scripts which make such folders share."""
 
-    output_dir: str | None = HfArg(default=None, help="Folder of the pictures.")
+    output_dir: str | None = HfArg(default=None, help="Folder of the images.")
     output_format: Literal["parquet", "imagefolder"] = HfArg(
         default="parquet", help="Parquet files, or PNG files and a metadata.jsonl."
     )
@@ -250,16 +250,16 @@ class ShardArguments:
         if self.num_processes < 1:
             raise ValueError(f"--num_processes must be positive, got {self.num_processes}.")
 
-    def open_shards(self, maker: PictureMaker, **digests) -> PictureShards:
-        """The folder of these options, and of digests of files that the pictures depend on."""
+    def open_shards(self, maker: ImageMaker, **digests) -> ImageShards:
+        """The folder of these options, and of digests of files that the images depend on."""
         settings = asdict(self) | digests
         for name in ("output_dir", "num_processes"):
             del settings[name]
-        return PictureShards(self.output_dir, maker, settings, self.output_format)
+        return ImageShards(self.output_dir, maker, settings, self.output_format)
 
 
 def _end_with_parent() -> None:
-    """Lets a process of the pool end when the one that started it is killed; by itself it would wait for ever."""
+    """Lets a process of the pool end when the one that started it is killed; by itself it would wait forever."""
 
     def watch():
         multiprocessing.parent_process().join()
