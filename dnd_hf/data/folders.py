@@ -149,7 +149,7 @@ def _rows_of_files(root: Path, files: list[str], class_names: list[str]) -> Data
         if beside:
             raise ValueError(
                 f"{root} has {len(beside)} images beside its class folders, {beside[0]} for example: they have no"
-                " class. Move them into a folder, or ask for one class (label_column: none)."
+                " class. Move them into a folder, or leave `label_column` empty for one class."
             )
         features["label"] = ClassLabel(names=class_names)
         columns["label"] = [features["label"].str2int(_top(file)) for file in images]

@@ -293,7 +293,7 @@ def check_broken_share(num_broken: int, num_images: int, max_broken_share: float
     """Raises RuntimeError, with one broken image as an example, where too large a share of the images is broken."""
     if num_broken > max_broken_share * num_images:
         raise RuntimeError(
-            f"{num_broken} of {num_images} images are broken, more than --max_broken_share {max_broken_share}"
+            f"{num_broken} of {num_images} images are broken, more than `max_broken_share` {max_broken_share}"
             f" allows; for example, {example}"
         )
 

@@ -153,7 +153,7 @@ def _classes(
     if len(labels) > max(MANY_CLASSES, len(source) / 2):
         raise ValueError(
             f"column {column!r} of {name} holds {len(labels)} different numbers for {len(source)} images: these are no"
-            " classes. Choose another column, or none for one class."
+            " classes. Choose another `label_column`, or leave it empty for one class."
         )
     if labels[-1] >= len(labels):
         logger.warning("%r of %s has gaps: its %d different numbers are the classes.", column, name, len(labels))

@@ -178,7 +178,7 @@ def test_samples_of_a_run_do_not_depend_on_where_it_meets_a_broken_image(folder)
 def test_workers_count_broken_images_together(folder, share, stops):
     loader = DataLoader(ReplaceBrokenImages(load_image_dataset(folder, ImageTransform(8)), share), num_workers=3)
     if stops:  # none of the workers meets all three
-        with pytest.raises(RuntimeError, match="3 of 12 images are broken, more than --max_broken_share"):
+        with pytest.raises(RuntimeError, match="3 of 12 images are broken, more than `max_broken_share`"):
             list(loader)
     else:
         assert numbers_of(loader) == [0, 1, 4, 4, 4, 5, 6, 7, 8, 10, 10, 11]
