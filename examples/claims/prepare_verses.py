@@ -11,6 +11,7 @@ import argparse
 import json
 import random
 import re
+import shutil
 import subprocess
 from itertools import islice
 from pathlib import Path
@@ -32,6 +33,8 @@ SEEN = 80
 def read_books() -> dict[str, list[str]]:
     """The words of each book, by its abbreviation, without the numbers of the verses."""
     command = ["bible", "-f", "Gen1:1-Rev22:21"]
+    if shutil.which(command[0]) is None:
+        raise SystemExit("the program `bible` is missing: apt-get install bible-kjv bible-kjv-text")
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     books: dict[str, list[str]] = {}
     for line in lines:

@@ -1,0 +1,92 @@
+"""examples/claims/: the text is cut into pages as the scripts say; the settings make a model small enough to bundle."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dnd_hf import DnDForImageGeneration
+from dnd_hf.arguments import parse_arguments
+from dnd_hf.data.text import TextPictures
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+CLAIMS = EXAMPLES / "claims"
+BUNDLE_LIMIT = 16e6
+"""Bytes of a bundled model's weights, the transformer's and the tokenizer's together."""
+
+
+def read(name: str, script: str, arguments: str, *options: str):
+    """The arguments that a script makes of a file of settings; unknown or ill-typed options end the test."""
+    module = runpy.run_path(str(EXAMPLES / script))
+    return parse_arguments(module[arguments], ["--config", str(CLAIMS / f"{name}.yaml"), *options])
+
+
+@pytest.fixture
+def books(tmp_path, monkeypatch) -> dict[str, list[str]]:
+    """Stands in for the program `bible`: books of 100 numbered words, two verses each; returns their words."""
+    held_out = runpy.run_path(str(CLAIMS / "prepare_verses.py"))["HELD_OUT"]
+    books = {book: [f"{book}{number}" for number in range(100)] for book in ("Ge", "1Sm", *held_out)}
+    lines = []
+    for book, words in books.items():
+        lines += [f"{book}1:1 {' '.join(words[:50])}", f"{book}12:3 {' '.join(words[50:])}"]
+    program = tmp_path / "bin" / "bible"
+    program.parent.mkdir()
+    text = json.dumps("\n".join(lines))
+    program.write_text(
+        f"#!{sys.executable}\nimport sys\nassert sys.argv[1:] == ['-f', 'Gen1:1-Rev22:21']\nprint({text})"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+    return books
+
+
+def prepare(monkeypatch, folder: Path, *options: str) -> dict[str, list[dict]]:
+    """Runs prepare_verses.py; returns the rows of each file that it wrote."""
+    monkeypatch.setattr(sys, "argv", ["prepare_verses.py", "--output_dir", str(folder), *options])
+    runpy.run_path(str(CLAIMS / "prepare_verses.py"), run_name="__main__")
+    return {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in folder.glob("*.jsonl")}
+
+
+def test_books_are_held_out_whole_and_windows_overlap_within_the_others(books, tmp_path, monkeypatch):
+    files = prepare(monkeypatch, tmp_path / "text", "--stride", "7")
+    whole = files["train_books"] + files["held_out_books"]
+    assert {row["book"]: row["text"].split() for row in whole} == books
+    assert [row["book"] for row in files["train_books"]] == ["Ge", "1Sm"]
+    expected = [books[book][start : start + 40] for book in ("Ge", "1Sm") for start in range(0, 61, 7)]
+    assert [row["text"].split() for row in files["train_windows"]] == expected
+
+
+def test_rare_letters_have_as_many_windows_as_common_ones(monkeypatch):
+    balanced = runpy.run_path(str(CLAIMS / "prepare_verses.py"))["balanced"]
+    rows = [{"text": "a b c"}] * 900 + [{"text": "a z"}] * 30 + [{"text": "a" * 80 + " q"}]
+    texts = [row["text"] for row in balanced(rows, per_letter=20)]
+    # 20 rows of a are drawn from all; b, c and z have 20 of their own; q is not among the first letters of its row.
+    assert len(texts) == 80 and texts.count("a b c") >= 40 and texts.count("a z") >= 20
+    assert balanced(rows, 20) == balanced(rows, 20)
+
+
+def test_a_line_that_is_no_verse_ends_with_an_error(books, tmp_path, monkeypatch):
+    program = tmp_path / "bin" / "bible"
+    program.write_text(program.read_text() + "\nprint('Unknown reference')")
+    with pytest.raises(ValueError, match="is no verse: 'Unknown reference'"):
+        prepare(monkeypatch, tmp_path / "text")
+
+
+def test_verses_has_pages_of_16_letters_by_8_lines_and_fits_into_a_bundle():
+    options = ["--dataset_name", "x", "--output_dir", "y"]
+    pages = read("verses_images", "make_text_images.py", "TextImageArguments", *options).pictures
+    assert isinstance(pages, TextPictures) and (pages.height, pages.width) == (8 * 16, 16 * 8)
+    tokenizer = read("verses_rqvae", "train_rqvae.py", "RQVAEArguments", *options)
+    letters = read("verses_rqvae_letters", "train_rqvae.py", "RQVAEArguments", *options)
+    transformer = read("verses_dnd", "train.py", "DnDArguments", "--codes_dir", "x", "--output_dir", "y")
+    assert letters.pretrained_vqvae
+    with torch.device("meta"):
+        vae = tokenizer.make_vae()
+        model = transformer.make_transformer(vae, vae.grid_size, ["text"])
+    assert isinstance(model, DnDForImageGeneration) and tuple(vae.grid_size) == (16, 16) and vae.config.code_depth == 2
+    assert not model.config.has_null_class
+    assert 2 * sum(p.numel() for part in (vae, model) for p in part.state_dict().values()) < BUNDLE_LIMIT
