@@ -334,7 +334,8 @@ def _initialize(module: nn.Module) -> None:
     # little of a picture reaches the codes of an untrained model.
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def _tiled(fn: Callable, x: Tensor, tile: tuple[int, int], scale: float) -> Tensor:
@@ -345,11 +346,11 @@ def _tiled(fn: Callable, x: Tensor, tile: tuple[int, int], scale: float) -> Tens
         last = max(0, length - size)
         step = max(unit, size * 3 // 4 // unit * unit)  # overlap by a quarter
         starts.append([*range(0, last, step), last])
-    output = weight = None
+    output = weight = torch.empty(0)
     for top in starts[0]:
         for left in starts[1]:
             part = fn(x[:, :, top : top + tile[0], left : left + tile[1]])
-            if output is None:
+            if not len(weight):
                 output = part.new_zeros(*part.shape[:2], *(round(length * scale) for length in x.shape[2:]))
                 weight = part.new_zeros(output.shape[2:])
             ramps = [1 - (torch.arange(n, device=x.device) * 2 + 1 - n).abs() / (n + 1) for n in part.shape[2:]]

@@ -1,6 +1,8 @@
 """DnDConfig: the shape of a DnD-Transformer and everything its checkpoint must remember."""
 
+from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -27,6 +29,7 @@ LARGEST_SIZES = {  # beyond which a configuration is taken for a mistake, or for
     "num_classes": 2**24,
 }
 LARGEST_GRID_SIDE = 2**12
+FILLED_IN: Any = None  # what may be None as an argument, and is not None in a configuration
 
 
 def default_prediction_layers(num_hidden_layers: int, code_depth: int) -> list[int]:
@@ -84,14 +87,14 @@ class DnDConfig(PreTrainedConfig):
     hidden_size: int = 1536
     num_hidden_layers: int = 48
     num_attention_heads: int = 24
-    num_key_value_heads: int | None = None
-    intermediate_size: int | None = None
-    grid_size: tuple[int, int] | list[int] | int = (16, 16)
+    num_key_value_heads: int = FILLED_IN
+    intermediate_size: int = FILLED_IN
+    grid_size: Sequence[int] = (16, 16)
     code_depth: int = 2
-    prediction_layers: list[int] | None = None
+    prediction_layers: list[int] = FILLED_IN
     depth_mode: str = "dnd"
     tie_prediction_heads: bool = False
-    num_classes: int | None = None
+    num_classes: int = FILLED_IN
     class_dropout_prob: float = 0.1
     embedding_dropout: float = 0.1
     residual_dropout: float = 0.1

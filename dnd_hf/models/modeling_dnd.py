@@ -171,7 +171,8 @@ class DnDForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTrainedModel)
         if self.training and config.has_null_class:
             dropped = torch.rand(class_labels.shape, device=class_labels.device) < config.class_dropout_prob
             class_labels = class_labels.masked_fill(dropped, config.num_classes)
-        logits, sums = [], []
+        logits: list[Tensor] = []
+        sums: list[Tensor] = []
         targets = None if labels is None else labels.flatten(0, 2).unbind(-1)
 
         def predict(k: int, hidden_BLC: Tensor) -> None:
@@ -186,13 +187,13 @@ class DnDForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTrainedModel)
 
         self.read_by_heads(class_labels[:, None], codes, predict)
 
-        loss = depth_losses = None
+        output = DnDOutput()
         if sums:
-            counts = ((codes if labels is None else labels) != -100).sum((0, 1, 2))
-            sums = torch.stack(sums)
-            loss, depth_losses = sums.sum() / counts.sum(), sums / counts
-        logits = torch.stack(logits, dim=2) if output_logits else None
-        return DnDOutput(loss=loss, depth_losses=depth_losses, logits=logits)
+            totals, counts = torch.stack(sums), ((codes if labels is None else labels) != -100).sum((0, 1, 2))
+            output.loss, output.depth_losses = totals.sum() / counts.sum(), totals / counts
+        if output_logits:
+            output.logits = torch.stack(logits, dim=2)
+        return output
 
     def _check_inputs(self, class_labels: Tensor, codes: Tensor, labels: Tensor | None) -> None:
         config = self.config
@@ -235,7 +236,7 @@ class DnDForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTrainedModel)
             read(k, hidden_BLC)
             return codes_BLD[..., k]
 
-        self.run_layers(hidden_BLC, teach, self.layers, position_embeddings=rotary, attention_mask=mask)
+        self.run_layers(hidden_BLC, teach, [*self.layers], position_embeddings=rotary, attention_mask=mask)
 
     def decode(self, token_RTC: Tensor, choose: ChooseCodes, decoders: Sequence[Decoder], position: int) -> None:
         """Runs the layers for one new token, see [`ImageCodeModel`]."""
@@ -247,7 +248,7 @@ class DnDForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTrainedModel)
         config = self.config
         return [
             LayerStack(
-                self.layers[: config.prediction_layers[-1] + 1],
+                [*self.layers[: config.prediction_layers[-1] + 1]],
                 config.sequence_length,
                 config.num_key_value_heads,
                 config.head_dim,
@@ -263,7 +264,7 @@ class DnDForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTrainedModel)
         """Codes to the tokens `(R, L, C)` of their cells, the sums of their embeddings."""
         return self.embed_tokens(codes_RLD).sum(2)
 
-    def head(self, k: int) -> nn.Linear:
+    def head(self, k: int) -> nn.Module:
         """The linear part of the head of depth k."""
         return self.heads[0 if self.config.tie_prediction_heads else k]
 

@@ -1,5 +1,7 @@
 """Residual vector quantization: EMA codebooks, straight-through gradients, restarts of unused codes."""
 
+from functools import reduce
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -32,6 +34,10 @@ class ResidualQuantizer(nn.Module):
     """
 
     epsilon = 1e-5  # Laplace smoothing of the cluster sizes
+    codebooks: Tensor
+    cluster_sizes: Tensor
+    embedding_sums: Tensor
+    num_updates: Tensor
 
     def __init__(
         self,
@@ -81,20 +87,23 @@ class ResidualQuantizer(nn.Module):
     @torch.no_grad()
     def _nearest(self, vectors: Tensor) -> Tensor:
         residual = vectors.detach().reshape(-1, self.dim).float().nan_to_num(0, 0, 0)
-        codes, search, compiling = [], None, torch.compiler.is_compiling()
+        codes = []
+        search: NearestCodes | None = None
         for k in range(self.depth):
-            if compiling:
-                codes.append(nearest_codes_in_graph(residual, self.codebook(k)))
+            codebook = self.codebook(k)
+            if torch.compiler.is_compiling():
+                codes.append(nearest_codes_in_graph(residual, codebook))
             else:
-                if k == 0 or not self.shared:
-                    search = NearestCodes(self.codebook(k))
+                if search is None or not self.shared:
+                    search = NearestCodes(codebook)
                 codes.append(search(residual))
-            residual = residual - F.embedding(codes[-1], self.codebook(k))
+            residual = residual - F.embedding(codes[-1], codebook)
         return torch.stack(codes, dim=-1).view(*vectors.shape[:-1], self.depth)
 
     def decode(self, codes: Tensor, depth: int | None = None) -> Tensor:
         """The float32 sum `(..., dim)` of the first `depth` (default: all) code vectors of `(..., depth)` codes."""
-        return sum(F.embedding(codes[..., k], self.codebook(k)) for k in range(depth or codes.shape[-1]))
+        depths = range(depth or codes.shape[-1])
+        return reduce(torch.add, (F.embedding(codes[..., k], self.codebook(k)) for k in depths))
 
     def forward(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantizes vectors `(..., dim)`; in training mode the codebooks are updated afterwards.
@@ -109,7 +118,8 @@ class ResidualQuantizer(nn.Module):
             vectors and the sum of their first k code vectors (arXiv 2203.01941, Eq. 6, per element).
         """
         codes = self._nearest(vectors) if self.training else self.encode(vectors)
-        partial, loss, exact = 0, 0, vectors.float()
+        exact = vectors.float()
+        partial, loss = torch.zeros_like(exact), exact.new_zeros(())
         for k in range(self.depth):
             partial = partial + F.embedding(codes[..., k], self.codebook(k))
             loss = loss + F.mse_loss(exact, partial)
@@ -177,5 +187,5 @@ def _place_in_global_batch(vectors: Tensor) -> tuple[int, int]:
         return 0, len(vectors)
     lengths = [vectors.new_tensor(len(vectors), dtype=torch.int64) for _ in range(dist.get_world_size())]
     dist.all_gather(lengths, lengths[dist.get_rank()].clone())
-    lengths = [int(length) for length in lengths]
-    return sum(lengths[: dist.get_rank()]), sum(lengths)
+    counts = [int(length) for length in lengths]
+    return sum(counts[: dist.get_rank()]), sum(counts)

@@ -85,8 +85,8 @@ def nearest_codes_in_graph(vectors: Tensor, codebook: Tensor) -> Tensor:
         The indices `(n,)`, int64 in `[0, num_codes)`.
     """
     vectors = vectors.double()
-    lowest = torch.full([len(vectors)], torch.inf, dtype=torch.float64, device=vectors.device)
-    codes = torch.zeros(len(vectors), dtype=torch.int64, device=vectors.device)
+    lowest = torch.full(vectors.shape[:1], torch.inf, dtype=torch.float64, device=vectors.device)
+    codes = torch.zeros(vectors.shape[:1], dtype=torch.int64, device=vectors.device)
     for start in range(0, len(codebook), CODES_IN_GRAPH):
         part = codebook[start : start + CODES_IN_GRAPH].double()
         distances, indices = torch.addmm(part.square().sum(1), vectors, part.T, alpha=-2).min(1)

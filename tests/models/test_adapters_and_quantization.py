@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers import TorchAoConfig
 
+from dnd_hf import DnDForImageGeneration
 from dnd_hf.ops import linear_cross_entropy
 
 
@@ -91,3 +93,20 @@ def test_int8_weights_give_the_same_loss_with_and_without_logits_near_that_of_fl
     assert loss.item() != exact and loss.item() == pytest.approx(exact, rel=0.01)
     name = "embed_tokens.weight"  # not quantized
     torch.testing.assert_close(others[name], gradients[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_loads_with_int8_weights_and_saves_them(make_model, make_inputs, tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    model = make_model()
+    model.save_pretrained(tmp_path / "float32")
+    labels, codes = make_inputs(model)
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    quantized = DnDForImageGeneration.from_pretrained(tmp_path / "float32", quantization_config=config)
+    assert type(quantized.heads[0].weight) is not nn.Parameter
+    loss = quantized(labels, codes, labels=codes).loss.item()
+    exact = model(labels, codes, labels=codes).loss.item()
+    assert loss != exact and loss == pytest.approx(exact, rel=0.01)
+    quantized.save_pretrained(tmp_path / "int8")
+    loaded = DnDForImageGeneration.from_pretrained(tmp_path / "int8")
+    assert loaded(labels, codes, labels=codes).loss.item() == loss
+    assert torch.equal(loaded.generate([0, 1], do_sample=False), quantized.generate([0, 1], do_sample=False))
