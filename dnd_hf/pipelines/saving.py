@@ -62,6 +62,10 @@ class SavingMixin(ConfigMixin, PushToHubMixin):
                     config[component] = [_imported_module(module), class_name]
         return loaded
 
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Saves the models and the code that they need; arguments as in diffusers.
 
@@ -98,6 +102,8 @@ class SavingMixin(ConfigMixin, PushToHubMixin):
             if issubclass(model_class, PreTrainedModel):  # transformers looks there when it is given a `subfolder`
                 (folder / f"{module}.py").write_text(code, encoding="utf-8")
             _update_json(folder / name / "config.json", auto_map=auto_map)
+        if self.vqvae is not None:  # diffusers looks there when it is given a `subfolder`; there can be only one
+            index["auto_map"] = {"AutoModel": ".".join(index["vqvae"])}
         _update_json(folder / self.config_name, _class_name=["pipeline", type(self).__name__], **index)
 
     def _upload_folder(

@@ -79,10 +79,12 @@ TRAIN_AND_PUBLISH = """
 LOAD_AND_PUBLISH = """
     import json
 
+    import diffusers
     import numpy as np
     import torch
     from diffusers import DiffusionPipeline
     from huggingface_hub import upload_file
+    from transformers import AutoModel
 
     from dnd_hf import RQVAE, DnDForImageGeneration, DnDPipeline
 
@@ -106,6 +108,8 @@ LOAD_AND_PUBLISH = """
 
     transformer = DnDForImageGeneration.from_pretrained("me/words", subfolder="transformer")
     made = DnDPipeline(transformer=transformer, vqvae=RQVAE.from_pretrained("me/words", subfolder="vqvae"))
+    auto = AutoModel.from_pretrained("me/words", subfolder="transformer", trust_remote_code=True)
+    auto_vqvae = diffusers.AutoModel.from_pretrained("me/words", subfolder="vqvae", trust_remote_code=True)
     local.push_to_hub("me/again", private=True)
     local.push_to_hub("me/again")
     made.push_to_hub("me/made")
@@ -117,6 +121,7 @@ LOAD_AND_PUBLISH = """
         "DnDPipeline": same(DnDPipeline.from_pretrained("me/words")),
         "DiffusionPipeline": same(DiffusionPipeline.from_pretrained("me/words", trust_remote_code=True)),
         "its models": same(made),
+        "AutoModel": same(DnDPipeline(transformer=auto, vqvae=auto_vqvae)),
         "the tokenizer": same_weights(RQVAE.from_pretrained("me/tokenizer"), local.vqvae),
         "pushed by itself": same(DiffusionPipeline.from_pretrained("me/again", trust_remote_code=True)),
     }
@@ -237,7 +242,7 @@ def test_an_upload_that_is_cut_leaves_the_whole_result_and_the_command_that_goes
 
 
 @pytest.mark.parametrize(
-    "what", ["DnDPipeline", "DiffusionPipeline", "its models", "the tokenizer", "pushed by itself"]
+    "what", ["DnDPipeline", "DiffusionPipeline", "its models", "AutoModel", "the tokenizer", "pushed by itself"]
 )
 def test_what_is_published_loads_by_its_name_with_the_same_weights_and_pictures(loaded, what):
     assert loaded.same[what]
