@@ -228,7 +228,7 @@ def test_where_everything_is_left_out_there_is_an_error(folder):
         (PDF, "", "--pdf_dir is needed"),
         (PDF, "--pdf_dir nowhere", "nowhere holds no PDFs"),
         (PDF, "--pdf_dir papers --shard_pages 0", "--shard_pages must be positive, got 0"),
-        (PDF, "--pdf_dir papers --min_ink 2", "`min_ink` must lie in [0, 1], got 2.0"),
+        (PDF, "--pdf_dir papers --min_ink 2", "--min_ink must lie in [0, 1], got 2.0"),
     ],
 )
 def test_bad_options_end_with_a_message_before_any_work(folder, capsys, script, options, message):
