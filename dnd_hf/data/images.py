@@ -49,9 +49,15 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 
 
 def resize_to_cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resizes with its proportions to the smallest image that covers `size` (height, width); bicubic, antialiased."""
+    """Resizes with its proportions to the smallest image that covers `size` (height, width); bicubic, antialiased.
+
+    Raises:
+        ValueError: an image so long and thin that this would have more pixels than Pillow takes for harmless.
+    """
     scale = max(size[0] / image.height, size[1] / image.width)
     width, height = max(size[1], round(image.width * scale)), max(size[0], round(image.height * scale))
+    if Image.MAX_IMAGE_PIXELS and width * height > max(Image.MAX_IMAGE_PIXELS, image.width * image.height):
+        raise ValueError(f"{image.width} x {image.height} pixels (width x height) are too long and thin to resize")
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
 
 

@@ -55,6 +55,12 @@ def test_a_crop_range_cuts_the_edges_off_too(image):
         ImageTransform(32, crop_range=0.9)
 
 
+def test_an_image_too_thin_to_resize_is_broken_instead_of_filling_the_memory():
+    dataset = ImageDataset([{"image": Image.new("L", (1, 100_000))}], ImageTransform(256), ["image"], label_column=None)
+    with pytest.raises(BrokenImageError, match=r"1 x 100000 pixels \(width x height\) are too long and thin"):
+        dataset[0]
+
+
 def test_a_symmetric_image_stays_symmetric():
     half = np.random.default_rng(0).integers(0, 256, (64, 32, 3), dtype=np.uint8)
     pixels = ImageTransform((16, 24))(Image.fromarray(np.concatenate([half, half[:, ::-1]], axis=1)))

@@ -54,7 +54,8 @@ def test_the_script_ends_with_a_message_and_leaves_nothing_behind(tmp_path):
     arguments = ("--transformer_checkpoint", PARITY / "transformer.pt", "--prediction_layers", "0", "1", "2")
     command = [sys.executable, SCRIPT, *arguments, "--output_dir", tmp_path / "out"]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and "--prediction_layers must be one for each of 2 `output.*`, got [0, 1, 2]" in result.stderr
+    assert result.returncode == 2
+    assert "--prediction_layers must be one for each of 2 `output.*`, got [0, 1, 2]" in result.stderr
     assert "Traceback" not in result.stderr and not list(tmp_path.iterdir())
     for wrong in (["--output_dir", "x"], ["--to_original", "x"], ["--rqvae_checkpoint", "x", "--to_original", "y"]):
         with pytest.raises(SystemExit):
