@@ -48,24 +48,26 @@ class ImageGenerationMixin(GenerationMixin):
         guidance_schedule: str | None = None,
         guidance_power: float | None = None,
     ) -> Tensor:
-        """Samples the codes of one image a label.
+        """Samples the codes of one image per label.
 
         Arguments left `None` are taken from `generation_config` (default: the checkpoint's own); what that leaves
         open is guidance 2 (1 without a null class), constant, temperature 1, no filters, sampling.
 
         Calls on one model may overlap (threads, a call inside a callback): each keeps its state to itself. A model in
-        training mode is in evaluation mode for the time of the call.
+        training mode is in evaluation mode until the last of them ends, also for a training step beside them. Inside
+        `torch.autocast`, layers that run as they are follow it; packed and captured ones compute as their weights are.
 
         Args:
             class_labels: `(batch,)` integers in `[0, num_classes)`.
             guidance_scale: logits become `u + (c - u) * guidance_scale`, u those of the null class; 1: no guidance,
                 with half as many sequences. At least 0.
-            temperature: the logits are divided by it; greater than 0. One value, or one a depth, as the next two.
+            temperature: the logits are divided by it; greater than 0. One value, or one per depth; likewise
+                `top_k` and `top_p`.
             top_k: only the k most likely codes may be drawn; 0: all.
             top_p: only the most likely codes that together reach this probability may be drawn; in (0, 1].
                 The order is temperature, top-k, top-p.
             do_sample: `False`: the most likely code is taken (greedy).
-            generator: one, or a list of one an image: then image i depends on its own generator alone, not on the
+            generator: one, or a list of one per image: then image i depends only on its own generator, not on the
                 batch. An integer in `[0, 2**64)` is the seed of a new generator on the CPU.
             callback: called after each grid cell with its index and the codes so far. Where it returns True, sampling
                 ends; the codes of the cells behind are 0.

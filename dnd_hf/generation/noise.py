@@ -23,7 +23,7 @@ def checked_generators(generator: Seed | Sequence[Seed] | None, batch: int) -> t
     if not isinstance(generator, (list, tuple)):
         return _generator(generator)
     if len(generator) != batch:
-        raise ValueError(f"`generator` must be one, or a list of one an image ({batch}), got {len(generator)}.")
+        raise ValueError(f"`generator` must be one, or a list of one per image ({batch}), got {len(generator)}.")
     return [_generator(one) for one in generator]
 
 
@@ -32,7 +32,7 @@ def _generator(seed: Any) -> torch.Generator:
         return seed
     if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= int(seed) < 2**64:
         raise ValueError(
-            "`generator` must be a torch.Generator or a seed (an integer in [0, 2**64)), or a list of one an image,"
+            "`generator` must be a torch.Generator or a seed (an integer in [0, 2**64)), or a list of one per image,"
             f" got {seed!r}."
         )
     return torch.Generator().manual_seed(int(seed))

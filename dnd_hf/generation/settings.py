@@ -109,7 +109,7 @@ def per_depth(name: str, value, depth: int, allowed: str, check: Callable[[float
         value = value.tolist()
     values = list(value) if isinstance(value, (list, tuple)) else [value] * depth
     if len(values) != depth:
-        raise ValueError(f"`{name}` must be one value or one a depth ({depth}), got {len(values)}: {values}.")
+        raise ValueError(f"`{name}` must be one value or one per depth ({depth}), got {len(values)}: {values}.")
     return tuple(checked_number(name, one, allowed, check) for one in values)
 
 

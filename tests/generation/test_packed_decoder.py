@@ -95,3 +95,17 @@ def test_blocks_with_layer_norms_and_without_a_gate_are_packed_too(scale, make_m
     codes = model.generate([0, 3], guidance_scale=scale, do_sample=False)
     request.getfixturevalue("plain")
     assert torch.equal(codes, model.generate([0, 3], guidance_scale=scale, do_sample=False))
+
+
+class OwnTensor(torch.Tensor):
+    """Stands for a weight that holds its numbers in another way: quantized, sharded."""
+
+
+@pytest.mark.parametrize("name", ["layers.1.mlp.up_proj", "heads.0", "embed_tokens"])
+def test_weights_of_another_tensor_class_are_not_packed(name, make_model):
+    model = make_model()
+    expected = model.generate([0, 3], do_sample=False)
+    part = model.get_submodule(name)
+    part.weight = torch.nn.Parameter(part.weight.detach().as_subclass(OwnTensor))
+    assert type(part.weight) is not torch.nn.Parameter and not can_run_packed(model)
+    assert torch.equal(model.generate([0, 3], do_sample=False), expected)
