@@ -1,6 +1,7 @@
 """Command-line options that the scripts share, and how a script reads them."""
 
 import errno
+import math
 import os
 import re
 import signal
@@ -143,6 +144,9 @@ class RunArguments(ImageArguments):
     train_batch_size: int = HfArg(default=32, help="Samples a forward pass, for each process.")
     gradient_accumulation_steps: int = HfArg(default=1, help="Forward passes a step of the optimizer.")
     max_train_steps: int = HfArg(default=100_000, help="Steps of the optimizer.")
+    num_train_epochs: float | None = HfArg(
+        default=None, help="Passes over the training data, in the place of --max_train_steps."
+    )
     learning_rate: float | None = HfArg(default=None, help="Peak learning rate.")
     lr_scheduler: Literal["constant_with_warmup", "cosine", "linear"] = HfArg(
         default="constant_with_warmup", help="Learning rate after the warmup."
@@ -186,6 +190,8 @@ class RunArguments(ImageArguments):
                 raise ValueError(f"--{name} must be positive, got {getattr(self, name)}.")
         if self.learning_rate is not None and self.learning_rate <= 0:
             raise ValueError(f"--learning_rate must be positive, got {self.learning_rate}.")
+        if self.num_train_epochs is not None and not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(f"--num_train_epochs must be positive, got {self.num_train_epochs}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"--ema_decay must lie in [0, 1), got {self.ema_decay}.")
         self.report_to = [name for name in self.report_to if name != "none"]

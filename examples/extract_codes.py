@@ -8,7 +8,14 @@ in the order of the source, except for broken ones, which `broken_images.jsonl` 
 whatever the hardware prefers, because rounding changes them.
 """
 
+import os
+
+
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
+    print("Loading the libraries ...", flush=True)
+
 import logging
+import shlex
 from collections import defaultdict
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +24,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from datasets import disable_progress_bars
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -151,7 +159,11 @@ def extract(args: ExtractionArguments, vae: RQVAE, dataset: ImageDataset | Image
         pin_memory=state.device.type == "cuda",
     )
     rows, broken = defaultdict(list), defaultdict(list)
-    progress = tqdm(unit=" pictures", disable=not state.is_main_process)
+    total = None
+    if isinstance(dataset, ImageDataset):  # its parts are single shards
+        total = sum(min(args.shard_size, len(dataset) - part * args.shard_size) for part, _ in parts)
+    label = f"process 1 of {state.num_processes}" if state.num_processes > 1 else None
+    progress = tqdm(desc=label, total=total, unit=" images", disable=not state.is_main_process)
     for batch in loader:
         part = batch["part"]
         if "shard" in batch:
@@ -162,6 +174,7 @@ def extract(args: ExtractionArguments, vae: RQVAE, dataset: ImageDataset | Image
         for picture in batch["broken"]:
             logger.warning("%s; it is left out.", BrokenImageError(**picture))
         broken[part] += batch["broken"]
+        progress.update(len(batch["broken"]))
         if "labels" in batch:
             rows[part].append(encode(vae, batch))
             progress.update(len(batch["labels"]))
@@ -172,9 +185,13 @@ def extract(args: ExtractionArguments, vae: RQVAE, dataset: ImageDataset | Image
         seen, num_broken = check_broken(writer.shards(), 0, args.max_broken_share)
         if seen == num_broken:
             raise ValueError(f"{args.dataset_name} has no pictures.")
+        disable_progress_bars()  # of the library that writes the data set, whose work is done
         vae.save_pretrained(writer.path / "vqvae")
         writer.finish()
-        print(f"{args.output_dir}: codes of {seen - num_broken} pictures, {num_broken} broken ones left out.")
+        print(
+            f"Saved the codes of {seen - num_broken:,} images to {args.output_dir}, {num_broken:,} broken ones left"
+            f" out. Next: python examples/train.py --codes_dir {shlex.quote(args.output_dir)} --output_dir dnd"
+        )
 
 
 def main(args: ExtractionArguments) -> None:

@@ -7,6 +7,13 @@ python examples/train.py --dataset_name words --vqvae rqvae-words --hidden_size 
 The result, `output_dir`, is a whole pipeline: `DnDPipeline.from_pretrained(output_dir)`.
 """
 
+import os
+
+
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
+    print("Loading the libraries ...", flush=True)
+
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from transformers.hf_argparser import HfArg
+from transformers.utils.logging import disable_progress_bar
 
 from dnd_hf import RQVAE, DnDConfig, DnDForImageGeneration, DnDPipeline
 from dnd_hf.arguments import RunArguments, run_script
@@ -131,6 +139,7 @@ class DnDTraining(TrainingRun):
 
     def __init__(self, args: DnDArguments):
         environment = RunEnvironment(args)
+        disable_progress_bar()  # of loading and saving weights
         set_seed(args.seed)
         codes = CodesDataset(args.codes_dir) if args.codes_dir else None
         vae = RQVAE.from_pretrained(args.vqvae or args.codes_dir, subfolder=None if args.vqvae else "vqvae")
@@ -221,6 +230,14 @@ class DnDTraining(TrainingRun):
 
     def export(self, model: DnDForImageGeneration, folder: Path) -> None:
         self.make_pipeline(model).save_pretrained(folder)
+
+    def summary(self) -> dict[str, str]:
+        names = self.class_names
+        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        return super().summary() | {"classes": f"{len(names):,}: {shown}"}
+
+    def next_command(self) -> str:
+        return shlex.join(["python", "examples/generate.py", "--model", self.args.output_dir, "--output", "grid.png"])
 
 
 def main(args: DnDArguments) -> None:

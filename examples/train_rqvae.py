@@ -8,6 +8,13 @@ The paper's tokenizer (arXiv 2410.01912): `--sample_size 256 --lpips_weight 1 --
 with `accelerate launch` and 256 pictures a step.
 """
 
+import os
+
+
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
+    print("Loading the libraries ...", flush=True)
+
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,6 +280,12 @@ class RQVAETraining(TrainingRun):
 
     def export(self, model: RQVAE, folder: Path) -> None:
         model.save_pretrained(folder)
+
+    def next_command(self) -> str:
+        data = ["--dataset_name", self.args.dataset_name]
+        return shlex.join(
+            ["python", "examples/extract_codes.py", *data, "--vqvae", self.args.output_dir, "--output_dir", "codes"]
+        )
 
 
 def main(args: RQVAEArguments) -> None:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,38 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(folder, script):
     metrics = [read_metrics(folder / name / "metrics.jsonl") for name in (whole, killed)]
     losses = [[(line["step"], line["train/loss"]) for line in lines if "train/loss" in line] for lines in metrics]
     assert losses[0] == losses[1] and len(losses[0]) == 12
+
+
+def signal_after_a_step(folder: Path, output: str, process: subprocess.Popen, send: Callable[[], None]) -> int:
+    """Sends a signal while the run trains; returns the step after which it stopped."""
+    while not any("train/loss" in line for line in read_metrics(folder / output / "metrics.jsonl")):
+        assert process.poll() is None, (folder / "output.txt").read_text()[-4000:]
+        time.sleep(0.005)
+    send()
+    assert process.wait(timeout=600) != 0
+    ((step, _),) = list_checkpoints(folder / output)
+    assert f"after step {step}; {output}/checkpoint-{step} is written. To resume" in (folder / "output.txt").read_text()
+    return step
+
+
+@pytest.mark.parametrize(("name", "launcher"), [("SIGINT", ONE), ("SIGTERM", TWO)])
+def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_and_resumes_exactly(folder, name, launcher):
+    options = f"{TRANSFORMER} --max_train_steps 60 --checkpointing_steps 60 --validation_steps 60"
+    whole, stopped = f"{name}-whole", f"{name}-stopped"
+    uninterrupted = start(folder, f"{options} --output_dir {whole}", launcher)
+    resuming = f"{options} --output_dir {stopped} --resume_from_checkpoint latest"
+    process = start(folder, resuming, launcher)
+    # Ctrl-C in a terminal reaches all processes, workers too; SIGTERM here only the launcher, which passes it on.
+    send = {
+        "SIGINT": lambda: os.killpg(process.pid, signal.SIGINT),
+        "SIGTERM": lambda: os.kill(process.pid, signal.SIGTERM),
+    }[name]
+    assert 1 <= signal_after_a_step(folder, stopped, process, send) < 60
+    assert launcher == TWO or process.returncode == 128 + signal.SIGINT
+    assert f"Stopped by {name}" in (folder / "output.txt").read_text()
+    finish(uninterrupted, folder)
+    finish(start(folder, resuming, launcher), folder)
+    assert_same_state(folder / whole / "checkpoint-60", folder / stopped / "checkpoint-60")
 
 
 def test_a_collapsing_codebook_ends_the_run_and_says_what_to_try(folder):

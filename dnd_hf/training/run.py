@@ -2,16 +2,18 @@
 
 import copy
 import math
+import signal
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -23,11 +25,13 @@ from ..files import locked
 from .checkpoints import find_checkpoint, remove_unfinished, save_checkpoint
 from .data_order import TrainingStream, mixed_seed
 from .environment import RunEnvironment
+from .interrupts import StopRequest, ignore_stop_signals
 from .metrics import MetricsWindow, read_metrics
 from .optimization import WeightAverage, averaged_weights, whole_tensor
 from .publishing import upload_run, write_model_card
 from .safe_loading import check_pickles
 from .settings import check_settings, write_settings
+from .summary import as_text, metrics_text, run_summary, with_steps
 from .throughput import matmul_rate, peak_memory
 
 
@@ -62,11 +66,13 @@ class TrainingRun(ABC):
         tokens_per_sample: int,
         flops_per_sample: int,
     ):
-        self.environment, self.args, self.accelerator = environment, environment.args, environment.accelerator
-        self.output_dir, self.first_step = environment.output_dir, environment.first_step
+        args = self.args = with_steps(environment.args, len(dataset), environment.samples_per_step)
+        accelerator = self.accelerator = environment.accelerator
+        self.environment, self.output_dir, self.first_step = environment, environment.output_dir, environment.first_step
+        if self.first_step > args.max_train_steps:
+            raise ValueError(f"`max_train_steps` is {args.max_train_steps}, {environment.checkpoint} is beyond it.")
         self.dataset, self.collate, self.model = dataset, collate, model
         self.tokens_per_sample, self.flops_per_sample = tokens_per_sample, flops_per_sample
-        args, accelerator = self.args, self.accelerator
         self.scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)
         # FSDP shards the model in place; validation and the result need it whole.
         sharded = accelerator.distributed_type == DistributedType.FSDP
@@ -78,7 +84,12 @@ class TrainingRun(ABC):
         self.flops_rate = matmul_rate(accelerator.device, precision) * accelerator.num_processes
         self.window = MetricsWindow()
         self.progress = tqdm(
-            total=args.max_train_steps, initial=self.first_step, disable=not accelerator.is_local_main_process
+            total=args.max_train_steps,
+            initial=self.first_step,
+            unit=" steps",
+            disable=not accelerator.is_main_process,
+            mininterval=0.1 if sys.stderr.isatty() else 10,
+            delay=1e-9,  # shown with the first step, below the summary
         )
 
     @abstractmethod
@@ -100,10 +111,15 @@ class TrainingRun(ABC):
     def check(self, metrics: dict[str, float], step: int) -> None:  # noqa: B027 - a run need not
         """Raises RuntimeError to stop the run; called by all processes with the metrics about to be logged."""
 
+    def next_command(self) -> str:
+        """What to do with the result, as a command."""
+        return ""
+
     def train(self) -> None:
         """Trains from the checkpoint's step to the last one.
 
         Raises:
+            SystemExit: SIGINT or SIGTERM asked the run to stop; it has written a checkpoint.
             RuntimeError: a metric is not finite. Checkpoints are saved only while all metrics since the one before
                 are finite and pass `check`, so the last one is good. Or the upload failed; the result is complete.
         """
@@ -112,16 +128,23 @@ class TrainingRun(ABC):
         with locked(self.output_dir) if accelerator.is_main_process else nullcontext():
             if accelerator.is_main_process:
                 remove_unfinished(self.output_dir)
+                print(as_text(self.summary()), flush=True)
             accelerator.wait_for_everyone()
             accelerator.init_trackers("dnd_hf", {name: str(value) for name, value in asdict(args).items()})
-            self._run_steps()
+            with StopRequest(accelerator) as stop:
+                self._run_steps(stop)
             self.progress.close()
             self._export(self.output_dir)
             if accelerator.is_main_process:
                 write_model_card(args, self.environment.repo_id, accelerator, len(self.dataset))
             accelerator.end_training()
+        accelerator.print(f"Saved to {self.output_dir}. Next: {self.next_command()}")
         if self.environment.repo_id is not None:
             upload_run(self.output_dir, self.environment.repo_id)
+
+    def summary(self) -> dict[str, str]:
+        """What the run is about to do, by topic, for the console."""
+        return run_summary(self.environment, self.args, self.model, len(self.dataset))
 
     def facts(self) -> dict[str, Any]:
         """What the result depends on beside the options, as JSON values; a run resumes only where they are the same."""
@@ -139,28 +162,50 @@ class TrainingRun(ABC):
             self.accelerator.load_state(str(checkpoint))
             self.accelerator.print(f"Resumed at step {self.first_step:,} from {checkpoint}. {told}".strip())
 
-    def _run_steps(self) -> None:
+    def _run_steps(self, stop: StopRequest) -> None:
         args, step = self.args, self.first_step
-        batches = self._batches()
+        if self._is_validation_missing():
+            self._validate(step)
         self.window.restart()
-        for index, batch in enumerate(batches, start=step * args.gradient_accumulation_steps):
-            torch.manual_seed(mixed_seed(args.seed, index, self.accelerator.process_index))
-            self.window.add(self.train_step(batch, step))
-            if not self.accelerator.sync_gradients:
-                continue
-            self.scheduler.step()
-            self.ema.step(self.model.parameters())
-            step += 1
-            self.progress.update()
-            finished = step == args.max_train_steps
-            checkpoint_due = step % args.checkpointing_steps == 0 or finished
-            if step % args.logging_steps == 0 or checkpoint_due:
-                self._log(step)
-            with self.window.paused():
-                if checkpoint_due:
-                    self._save(step)
-                if step % args.validation_steps == 0 or finished:
-                    self._validate(step)
+        with closing(iter(self._batches())) as batches:  # which ends the workers
+            for index, batch in enumerate(batches, start=step * args.gradient_accumulation_steps):
+                torch.manual_seed(mixed_seed(args.seed, index, self.accelerator.process_index))
+                self.window.add(self.train_step(batch, step))
+                if not self.accelerator.sync_gradients:
+                    continue
+                self.scheduler.step()
+                self.ema.step(self.model.parameters())
+                step += 1
+                self.progress.update()
+                finished, stopped = step == args.max_train_steps, stop.agreed()
+                checkpoint_due = step % args.checkpointing_steps == 0 or finished or stopped
+                if step % args.logging_steps == 0 or checkpoint_due:
+                    self._log(step)
+                with self.window.paused():
+                    if checkpoint_due:
+                        self._save(step)
+                    if stopped:
+                        self._leave(step, stopped)
+                    if step % args.validation_steps == 0 or finished:
+                        self._validate(step)
+
+    def _leave(self, step: int, number: int) -> NoReturn:
+        self.progress.close()
+        self.accelerator.end_training()
+        self.accelerator.print(
+            f"Stopped by {signal.Signals(number).name} after step {step:,}; {self.output_dir}/checkpoint-{step} is"
+            " written. To resume, give the same command with --resume_from_checkpoint latest."
+        )
+        sys.exit(128 + number)
+
+    def _is_validation_missing(self) -> bool:
+        """Whether the run that is resumed was stopped between a checkpoint and its validation."""
+        step, args = self.first_step, self.args
+        if not step or (step % args.validation_steps and step != args.max_train_steps):
+            return False
+        lines = read_metrics(self.output_dir / "metrics.jsonl") if self.accelerator.is_main_process else []
+        done = any(line["step"] == step and any(map(_is_validation, line)) for line in lines)
+        return not broadcast_object_list([done])[0]
 
     def clip_gradients(self) -> dict[str, Tensor]:
         """Scales the gradients down to `max_grad_norm` where the optimizer is about to step.
@@ -217,6 +262,7 @@ class TrainingRun(ABC):
             args.train_batch_size,
             collate_fn=self.collate,
             num_workers=args.dataloader_num_workers,
+            worker_init_fn=ignore_stop_signals,
             pin_memory=torch.cuda.is_available(),
         )
         return self.accelerator.prepare(loader)
@@ -247,6 +293,7 @@ class TrainingRun(ABC):
             metrics = self.validate(averaged, step)
         self.accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step)
         if self.accelerator.is_main_process:
+            self.progress.write(f"Validation after step {step:,}: {metrics_text(metrics)}")
             with suppress(ImportError):
                 lines = read_metrics(self.output_dir / "metrics.jsonl")
                 plot_training_curves(lines, self.output_dir / "training_curves.png")
@@ -269,3 +316,7 @@ class TrainingRun(ABC):
         with self.averaged_model() as averaged:
             if self.accelerator.is_main_process:
                 self.export(averaged, folder)
+
+
+def _is_validation(name: str) -> bool:
+    return name.startswith("validation/")

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dnd_hf import RQVAE, DnDPipeline
+from dnd_hf.arguments import parse_arguments
 from dnd_hf.data.codes import CodesDataset
 from dnd_hf.data.images import ImageTransform
 from dnd_hf.data.sources import load_image_dataset
@@ -78,7 +79,10 @@ def codes(folder, tokenizer) -> Path:
 @pytest.fixture(scope="module")
 def pipeline(folder, codes) -> Path:
     launch(
-        ACCELERATE, "train.py", f"{TRANSFORMER} --codes_dir codes --dataloader_num_workers 0 --output_dir dnd", folder
+        ACCELERATE,
+        "train.py",
+        f"{TRANSFORMER} --codes_dir codes --dataloader_num_workers 0 --mixed_precision bf16 --output_dir dnd",
+        folder,
     )
     return folder / "dnd"
 
@@ -103,6 +107,15 @@ def test_the_saved_tokenizer_has_the_averaged_weights_and_the_live_codebook(toke
     live.load_state_dict(load_file(checkpoint / "model.safetensors"))
     assert torch.equal(vae.quantizer.codebooks, live.quantizer.codebooks) and vae.quantizer.num_updates == 1
     assert not all(torch.equal(ours, theirs) for ours, theirs in zip(vae.parameters(), live.parameters()))
+
+
+def test_what_the_sample_grid_cannot_do_is_refused_before_the_first_step(folder, codes, monkeypatch):
+    monkeypatch.chdir(folder)
+    names = runpy.run_path(str(REPOSITORY / "examples" / "train.py"))
+    options = f"{TRANSFORMER} --codes_dir codes --output_dir refused --guidance_scale -1"
+    with pytest.raises(ValueError, match="`guidance_scale` must be"):
+        names["main"](parse_arguments(names["DnDArguments"], options.split()))
+    assert not (folder / "refused").exists()
 
 
 def test_frozen_codes_train_the_decoder_alone(folder, tokenizer):

@@ -119,6 +119,41 @@ def test_a_checkpoint_holds_the_result_so_far(tmp_path):
     assert (tmp_path / "training_curves.png").exists()
 
 
+def test_a_validation_that_fails_costs_no_step_and_is_made_up_for(tmp_path):
+    class FailingRun(SmallRun):
+        def validate(self, model, step):
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        train(tmp_path, FailingRun)
+    assert [path.name for _, path in list_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-6"]
+    train(tmp_path, resume_from_checkpoint="latest")
+    train(tmp_path, resume_from_checkpoint="latest")
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines if "validation/score" in line] == [6]
+    assert [line["step"] for line in lines if "train/loss" in line] == [2, 4, 6]
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(2.0, 4), (0.1, 1)])
+def test_epochs_are_passes_over_the_data(tmp_path, epochs, steps):
+    train(tmp_path, num_train_epochs=epochs)  # 7 samples, 4 a step
+    assert list_checkpoints(tmp_path)[-1] == (steps, tmp_path / f"checkpoint-{steps}")
+
+
+def test_the_console_says_what_the_run_does_what_it_measures_and_where_the_result_is(tmp_path, capsys):
+    train(tmp_path)
+    said = capsys.readouterr().out
+    for part in ("41 parameters", "7 samples", "CPU", "float32", "0 to 6, 3.43 epochs", "4 samples a step: 2 x 2"):
+        assert part in said
+    assert "Validation after step 6: score 6\n" in said and f"Saved to {tmp_path}. Next: " in said
+
+
+def test_fewer_steps_than_the_checkpoint_has_are_refused(tmp_path):
+    train(tmp_path, max_train_steps=4)
+    with pytest.raises(ValueError, match=r"`max_train_steps` is 2, .*checkpoint-4 is beyond it"):
+        train(tmp_path, max_train_steps=2, resume_from_checkpoint="latest")
+
+
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
 def test_a_run_that_diverges_ends_and_keeps_the_last_good_checkpoint(tmp_path, broken):
     with pytest.raises(RuntimeError, match=r"diverged by step 6: .*not finite.*checkpoint-4.*learning_rate"):

@@ -1,0 +1,59 @@
+"""StopRequest: Ctrl-C and SIGTERM let a run finish its step and write a checkpoint."""
+
+import signal
+import threading
+import time
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+REPEAT_SECONDS = 2.0
+"""A launcher passes Ctrl-C on to processes that have got it already: that is one request, not two."""
+
+
+class StopRequest:
+    """Inside, SIGINT and SIGTERM are noted; a second SIGINT, some seconds later, is a KeyboardInterrupt at once.
+
+    Args:
+        accelerator: whose processes are to stop together, whichever of them gets the signal.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.signal, self.received, self.earlier = 0, 0.0, {}
+        # Agreed on by the hosts, so that no accelerator waits.
+        self.group = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            self.earlier = {one: signal.signal(one, self._receive) for one in SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for one, handler in self.earlier.items():
+            signal.signal(one, handler)
+
+    def agreed(self) -> int:
+        """The signal that one of the processes has got, or 0; to be called by all at the same step."""
+        if self.group is None:
+            return self.signal
+        received = torch.tensor(self.signal)
+        dist.all_reduce(received, dist.ReduceOp.MAX, self.group)
+        return int(received)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.signal and number == signal.SIGINT and now - self.received > REPEAT_SECONDS:
+            raise KeyboardInterrupt
+        if not self.signal:
+            self.signal, self.received = number, now
+            print(f"\n{signal.Signals(number).name}: stopping after this step.", flush=True)
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """For the workers of a DataLoader, which a terminal and a cluster signal too: their process tells them to end."""
+    for one in SIGNALS:
+        signal.signal(one, signal.SIG_IGN)
