@@ -47,7 +47,7 @@ class TextImageArguments(ShardArguments):
         default=None,
         help="Pixels of a line; default: the font's ascent and descent. Words with ink beyond it are left out.",
     )
-    max_pictures: int | None = HfArg(default=None, help="Most images of a text, its first ones; default: all.")
+    max_images: int | None = HfArg(default=None, help="Most images of a text, its first ones; default: all.")
     shard_characters: int = HfArg(default=200_000, help="Characters of text that a file is made of, at least.")
 
     def __post_init__(self):
@@ -68,7 +68,7 @@ class TextImageArguments(ShardArguments):
             self.line_spacing,
             self.seed,
             self.line_height,
-            self.max_pictures,
+            self.max_images,
         )
 
 

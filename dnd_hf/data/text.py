@@ -136,7 +136,7 @@ class TextImages:
         line_spacing: at least 1, of the height of a line.
         line_height: pixels of a line, inside which its ink lies; default: the font's ascent and descent. Smaller, it
             removes the gap that a font leaves between lines; a word with ink beyond it is larger than a line.
-        max_pictures: of a text, its first ones; default: all.
+        max_images: of a text, its first ones; default: all.
         seed: of the choice of fonts; text i depends on `(seed, i)` only.
 
     Raises:
@@ -152,7 +152,7 @@ class TextImages:
     line_spacing: float = 1.0
     seed: int = 0
     line_height: int | None = None
-    max_pictures: int | None = None
+    max_images: int | None = None
 
     features = Features(
         {"image": datasets.Image(), "text": Value("string"), "font": Value("string"), "source": Value("int64")}
@@ -163,7 +163,7 @@ class TextImages:
         for name in ("font_size", "max_words", "min_words"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
-        for name in ("line_height", "max_pictures"):
+        for name in ("line_height", "max_images"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
         for name in ("margin", "seed"):
@@ -236,7 +236,7 @@ class TextImages:
             if not words:
                 note.left_out["empty texts"] += 1
             start = num_images = 0
-            while start < len(words) and num_images != self.max_pictures:
+            while start < len(words) and num_images != self.max_images:
                 order = rng.permutation(len(faces))
                 chosen = next((number for number in order if faces[number].shows(words[start])), None)
                 if chosen is None:

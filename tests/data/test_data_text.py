@@ -154,10 +154,10 @@ def test_a_word_with_ink_beyond_the_line_height_is_left_out():
     assert [row["text"] for row in rows] == ["on", "own"] and note.left_out == {"words larger than a line": 1}
 
 
-def test_a_text_gives_its_first_max_pictures_images():
+def test_a_text_gives_its_first_max_images_images():
     texts = [row["text"] for row in make(PROSE, image_size=128, font_size=13)]
     assert len(texts) > 2
-    assert [row["text"] for row in make(PROSE, image_size=128, font_size=13, max_pictures=2)] == texts[:2]
+    assert [row["text"] for row in make(PROSE, image_size=128, font_size=13, max_images=2)] == texts[:2]
 
 
 @pytest.mark.parametrize("character", ["\u0301", "א", "س", "\ue000", "漢", "\u200b"])
@@ -226,7 +226,7 @@ def test_a_word_longer_than_pillow_measures_is_left_out_and_counted():
         ({"margin": -1}, "`margin` must not be negative, got -1"),
         ({"seed": -1}, "`seed` must not be negative, got -1"),
         ({"line_height": 0}, "`line_height` must be positive, got 0"),
-        ({"max_pictures": 0}, "`max_pictures` must be positive, got 0"),
+        ({"max_images": 0}, "`max_images` must be positive, got 0"),
         ({"image_size": [39, 512], "margin": 0, "line_height": 40}, "no room for a line of 40 pixels"),
         ({"line_spacing": 0.9}, "`line_spacing` must be at least 1, got 0.9"),
     ],

@@ -10,7 +10,7 @@ import torch
 
 from dnd_hf import DnDForImageGeneration
 from dnd_hf.arguments import parse_arguments
-from dnd_hf.data.text import TextPictures
+from dnd_hf.data.text import TextImages
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -78,8 +78,8 @@ def test_a_line_that_is_no_verse_ends_with_an_error(books, tmp_path, monkeypatch
 
 def test_verses_has_pages_of_16_letters_by_8_lines_and_fits_into_a_bundle():
     options = ["--dataset_name", "x", "--output_dir", "y"]
-    pages = read("verses_images", "make_text_images.py", "TextImageArguments", *options).pictures
-    assert isinstance(pages, TextPictures) and (pages.height, pages.width) == (8 * 16, 16 * 8)
+    pages = read("verses_images", "make_text_images.py", "TextImageArguments", *options).images
+    assert isinstance(pages, TextImages) and (pages.height, pages.width) == (8 * 16, 16 * 8)
     tokenizer = read("verses_rqvae", "train_rqvae.py", "RQVAEArguments", *options)
     letters = read("verses_rqvae_letters", "train_rqvae.py", "RQVAEArguments", *options)
     transformer = read("verses_dnd", "train.py", "DnDArguments", "--codes_dir", "x", "--output_dir", "y")

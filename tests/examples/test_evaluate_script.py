@@ -13,8 +13,8 @@ from accelerate import PartialState
 from PIL import Image
 
 from dnd_hf.arguments import parse_arguments
-from dnd_hf.data.picture_shards import Note
-from dnd_hf.data.text import TextPictures
+from dnd_hf.data.image_shards import Note
+from dnd_hf.data.text import TextImages
 from dnd_hf.data.words import WordImages
 from dnd_hf.evaluation import words
 
@@ -167,7 +167,7 @@ def test_ppl_ocr_compares_samples_and_generated_with_real_images(evaluate, make_
 
 
 def test_prose_compares_samples_and_each_temperature_with_the_training_text(evaluate, make_pipeline, tmp_path):
-    pages = TextPictures(["DejaVuSansMono"], [16, 32], 13, 0, line_height=16)
+    pages = TextImages(["DejaVuSansMono"], [16, 32], 13, 0, line_height=16)
     for folder, text in (("real", "ab bc x? dd"), ("samples", "ab bc ab cc")):
         (tmp_path / folder).mkdir()
         for i, row in enumerate(pages.rows([(0, text)], Note())):
