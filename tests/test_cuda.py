@@ -1,5 +1,7 @@
 """Proves on a GPU what only a GPU has: CUDA graphs, TF32, Liger's loss. `pytest tests/test_cuda.py` is all of it."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers.utils import is_liger_kernel_available
@@ -56,6 +58,44 @@ def test_no_step_waits_for_the_device(cuda_graphs, make_model):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert seen == list(range(90))
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_threads_and_calls_inside_callbacks_keep_their_state_to_themselves(cuda_graphs, make_model):
+    model = make_model(**SIZES).cuda()
+    expected = [model.generate([0, 3], generator=[seed, seed + 1]) for seed in range(8)]
+    model.cuda_graphs = cuda_graphs
+    inner = []
+
+    def callback(cell, codes):
+        if cell % 30 == 0:
+            inner.append(model.generate([0, 3], generator=[7, 8]))
+
+    def call(seed):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            codes = model.generate([0, 3], generator=[seed, seed + 1], callback=callback)
+        stream.synchronize()
+        return codes
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(map(torch.equal, pool.map(call, range(8)), expected))
+    torch.cuda.synchronize()
+    assert len(inner) == 24 and all(torch.equal(codes, expected[7]) for codes in inner)
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_logits_that_are_not_finite_are_an_error_and_spoil_no_later_call(cuda_graphs, make_model):
+    model = make_model(**SIZES).cuda()
+    model.cuda_graphs = cuda_graphs
+    expected = model.generate([0, 1], do_sample=False)
+    weight = model.layers[1].mlp.up_proj.weight.data
+    kept = weight.clone()
+    weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        model.generate([0, 1], do_sample=False)
+    weight.copy_(kept)
+    assert torch.equal(model.generate([0, 1], do_sample=False), expected)
 
 
 def test_the_cache_has_the_memory_of_its_shape_and_other_calls_reuse_it(make_model):

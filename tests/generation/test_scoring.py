@@ -6,26 +6,14 @@ import pytest
 import torch
 from definitions import generators
 
-from dnd_hf import RQTransformerConfig, RQTransformerForImageGeneration
 from dnd_hf.generation import scoring
 
 
-def make_rq_transformer(**overrides) -> RQTransformerForImageGeneration:
-    sizes = dict(vocab_size=11, hidden_size=16, num_hidden_layers=2, num_depth_layers=2, num_attention_heads=2)
-    sizes |= dict(grid_size=(2, 3), code_depth=2, num_classes=4, class_dropout_prob=0.1, code_vector_size=8)
-    model = RQTransformerForImageGeneration(RQTransformerConfig(**{**sizes, **overrides})).eval()
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.data = 1 + 0.2 * noise if "norm" in name else 0.4 * noise
-    return model
-
-
 @pytest.fixture(params=["dnd", "vertical", "parallel", "rq_transformer"])
-def make(request, make_model):
-    """A function that makes a tiny model of an architecture."""
+def make(request, make_model, make_rq_model):
+    """A function that makes a tiny model of an architecture, with codes of depth 2 and a null class."""
     if request.param == "rq_transformer":
-        return make_rq_transformer
+        return lambda **overrides: make_rq_model(**{"code_depth": 2, "class_dropout_prob": 0.1, **overrides})
     return lambda **overrides: make_model(depth_mode=request.param, **overrides)
 
 
