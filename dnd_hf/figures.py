@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def save_image_grid(images: list[Image.Image], columns: int, path: str | Path) -> None:
-    """Writes pictures of one size as a PNG, row by row; the last row is filled with black."""
+    """Writes images of one size as a grid, row by row; the last row is filled with black."""
     rows = -(-len(images) // columns)
     blanks = [Image.new("RGB", images[0].size)] * (rows * columns - len(images))
     Path(path).parent.mkdir(parents=True, exist_ok=True)

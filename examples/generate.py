@@ -1,4 +1,4 @@
-"""Makes pictures with a trained pipeline and writes them as one grid, each from a seed of its own.
+"""Generates images with a trained pipeline and writes them as one grid, each from its own seed.
 
 python examples/generate.py
 python examples/generate.py --model dnd-b --labels tench goldfish 207 --num_images_per_label 4 --guidance_scale 2
@@ -10,44 +10,60 @@ from time import perf_counter
 from typing import Literal
 
 import torch
+from PIL import Image
 from transformers.hf_argparser import HfArg
 
 from dnd_hf import DnDPipeline
 from dnd_hf.arguments import SamplingArguments, run_script
 from dnd_hf.bundled import checkpoint_path
 from dnd_hf.figures import save_image_grid
+from dnd_hf.generation.settings import SamplingSettings
 
 
 @dataclass
 class GenerationArguments(SamplingArguments):
-    """Options of this script; all can also stand in a YAML file given as `--config`."""
+    """Options of this script; they can also be in a YAML file given as `--config`."""
 
     model: str = HfArg(default="words", help="`words` (comes with the package), a pipeline folder, or a Hub id.")
     labels: list[str] = HfArg(
         default_factory=list, help="Names or numbers of classes; default: 16 spread over all classes."
     )
-    num_images_per_label: int = HfArg(default=1, help="Pictures of each label, side by side in the grid.")
-    seed: int = HfArg(default=0, help="Picture i has the seed `seed + i`, whatever the batch size.")
-    batch_size: int = HfArg(default=16, help="Pictures made at a time.")
+    num_images_per_label: int = HfArg(default=1, help="Images of each label, side by side in the grid.")
+    seed: int = HfArg(default=0, help="Image i is generated from `seed + i`, whatever the batch size.")
+    batch_size: int = HfArg(default=16, help="Images generated at once.")
     device: str | None = HfArg(default=None, help="Default: a GPU where there is one.")
     dtype: Literal["float32", "bfloat16", "float16"] = HfArg(default="float32", help="Precision of the models.")
-    output: str = HfArg(default="grid.png", help="The grid, a PNG file.")
-    single_files: str | None = HfArg(default=None, help="Also write each picture into this folder.")
+    output: str = HfArg(default="grid.png", help="File of the grid; its suffix says the format.")
+    single_files: str | None = HfArg(default=None, help="Also write each image into this folder.")
 
     def __post_init__(self):
         for name in ("num_images_per_label", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be positive, got {getattr(self, name)}.")
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        if Path(self.output).suffix.lower() not in Image.registered_extensions():
+            raise ValueError(f"`output` must be the name of an image file, such as grid.png, got {self.output!r}.")
+        SamplingSettings.check(**self.sampling)
+
+
+def find_labels(pipe: DnDPipeline, labels: list[str]) -> list[int]:
+    """The numbers of the classes that the option names; 16 spread over all classes where it names none."""
+    num_classes = len(pipe.transformer.config.id2label)
+    if not labels:
+        count = min(16, num_classes)
+        return [i * num_classes // count for i in range(count)]
+    beyond = [label for label in labels if label.isdecimal() and int(label) >= num_classes]
+    if beyond:
+        raise ValueError(f"`labels` must be names or numbers in [0, {num_classes}), got {', '.join(beyond)}.")
+    try:
+        return [int(label) if label.isdecimal() else pipe.get_label_ids(label)[0] for label in labels]
+    except ValueError as error:
+        raise ValueError(str(error).replace("`class_labels`", "`labels`")) from error
 
 
 def main(args: GenerationArguments) -> None:
     device = args.device or torch.accelerator.current_accelerator() or "cpu"
     pipe = DnDPipeline.from_pretrained(checkpoint_path(args.model), dtype=getattr(torch, args.dtype)).to(device)
-    names = pipe.transformer.config.id2label
-    count = min(16, len(names))
-    labels = [int(label) if label.isdecimal() else pipe.get_label_ids(label)[0] for label in args.labels]
-    labels = labels or [i * len(names) // count for i in range(count)]
-    labels = [label for label in labels for _ in range(args.num_images_per_label)]
+    labels = [label for label in find_labels(pipe, args.labels) for _ in range(args.num_images_per_label)]
 
     images, started = [], perf_counter()
     for first in range(0, len(labels), args.batch_size):

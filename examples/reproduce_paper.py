@@ -23,7 +23,7 @@ import torch
 from huggingface_hub import HfApi, hf_hub_download
 from transformers.hf_argparser import HfArg
 
-from dnd_hf.arguments import parse_arguments
+from dnd_hf.arguments import run_script
 from dnd_hf.conversion import convert_pipeline
 from dnd_hf.evaluation import generation
 from dnd_hf.figures import markdown_table
@@ -86,15 +86,16 @@ class ReproductionArguments:
     def __post_init__(self):
         if (self.transformer_checkpoint is None) != (self.rqvae_checkpoint is None):
             raise ValueError("`transformer_checkpoint` and `rqvae_checkpoint` are given together, or neither.")
+        if "://" not in self.reference and not Path(self.reference).is_file():
+            raise ValueError(f"`reference` must be a file or an address, there is no file {self.reference}.")
         gpus = torch.cuda.device_count()
         self.output_dir = self.output_dir or f"reproduce-{self.checkpoint}"
         self.dtype = self.dtype or ("bfloat16" if gpus else "float32")
         self.num_processes = max(1, gpus) if self.num_processes is None else self.num_processes
         if self.guidance_scale is None:
             self.guidance_scale = PUBLISHED[self.checkpoint].guidance_scale
-        for name in ("num_processes", "num_workers"):
-            if getattr(self, name) < (name == "num_processes"):
-                raise ValueError(f"`{name}` is too small: {getattr(self, name)}.")
+        if self.num_processes < 1:
+            raise ValueError(f"`num_processes` must be positive, got {self.num_processes}.")
         generation.check(self.evaluation)
 
     @property
@@ -142,8 +143,6 @@ def prepare(args: ReproductionArguments) -> None:
         with new_folder(args.pipeline) as folder:
             convert_pipeline(*files).save_pretrained(folder)
     if not args.local_reference.exists():
-        if "://" not in args.reference:
-            raise FileNotFoundError(f"there is no `reference` {args.reference}.")
         with written_whole(args.local_reference) as file:
             torch.hub.download_url_to_file(args.reference, str(file))
 
@@ -182,4 +181,4 @@ def main(args: ReproductionArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(ReproductionArguments))
+    run_script(main, ReproductionArguments)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..data.images import BrokenImageError, collate_images, to_pixels
+from ..data.rgb import as_rgb, correct_transparency
 
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -69,7 +70,8 @@ class SampleImages(Dataset):
             return {"pixel_values": to_pixels(source), "label": 0}
         try:
             with Image.open(source) as file:
-                image = file.convert("RGB")
+                correct_transparency(file)
+                image = as_rgb(file)
         except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to
             raise BrokenImageError(index, str(source), f"{type(error).__name__}: {error}") from error
         if image.size != self.size:

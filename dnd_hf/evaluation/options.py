@@ -17,6 +17,7 @@ from accelerate import PartialState
 from ..arguments import SamplingArguments
 from ..bundled import checkpoint_path
 from ..data.images import ImageDataset, ImageTransform, as_size, check_stride
+from ..data.rgb import parse_background
 from ..data.sources import load_image_dataset
 from ..generation.settings import SamplingSettings
 from ..models.autoencoder_rqvae import RQVAE
@@ -100,6 +101,7 @@ class RealImageOptions(TaskOptions):
     text_column: str | None = option(
         None, "Column of the true text; default: what the OCR engine reads from the original counts."
     )
+    background: str = option("white", "Behind transparent real images: white, black or #RRGGBB.")
     num_dataset_images: int | None = option(None, "How many of them to draw; default: all, of `words` 1,000.")
     sample_size: list[int] | None = option(None, "Their height and width; default: the model's.")
 
@@ -108,6 +110,7 @@ class RealImageOptions(TaskOptions):
         if task is not None and self.dataset_name is None:
             raise ValueError(f"`dataset_name` is needed: the real images that {task} measures.")
         check_ranges(self, least={"num_dataset_images": 1})
+        parse_background(self.background)
         if self.sample_size is not None:
             as_size(self.sample_size)
 
@@ -116,7 +119,7 @@ class RealImageOptions(TaskOptions):
         words = self.dataset_name == "words"
         return load_image_dataset(
             self.dataset_name,
-            ImageTransform(size),
+            ImageTransform(size, background=self.background),
             self.dataset_split,
             self.dataset_config_name,
             self.image_column,

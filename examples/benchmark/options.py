@@ -48,10 +48,10 @@ class BenchmarkArguments:
     def __post_init__(self):
         unknown = set(self.sections) - set(SECTIONS)
         if unknown:
-            raise ValueError(f"--sections must be of {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}.")
+            raise ValueError(f"`sections` must be of {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}.")
         for name in ("repeats", "code_depth", "grid_size", "train_batch_size", "quantizer_depth", "extract_images"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be positive, got {getattr(self, name)}.")
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
         for name in (
             "decode_batch_sizes",
             "tokenize_batch_sizes",
@@ -60,8 +60,8 @@ class BenchmarkArguments:
             "growth_depths",
         ):
             if not getattr(self, name) or min(getattr(self, name)) < 1:
-                raise ValueError(f"--{name} must be positive numbers, got {getattr(self, name)}.")
+                raise ValueError(f"`{name}` must be positive numbers, got {getattr(self, name)}.")
         if "growth" in self.sections and self.output_dir:
             import_figure()
         if self.reference is not None and not Path(self.reference, "src", "dnd_transformer").is_dir():
-            raise ValueError(f"--reference {self.reference} is no checkout of the official repository.")
+            raise ValueError(f"`reference` {self.reference} is no checkout of the official repository.")

@@ -34,6 +34,11 @@ def test_samples_are_read_from_a_folder_and_from_an_npz_alike(image_folder, tmp_
             SampleImages(path, 6)
 
 
+def test_transparent_samples_are_seen_on_white(tmp_path):
+    Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(tmp_path / "0.png")
+    assert (SampleImages(tmp_path)[0]["pixel_values"] == 1).all()
+
+
 def test_samples_that_cannot_be_read_or_have_another_size_are_listed(image_folder):
     folder, _ = image_folder
     (folder / "0.png").write_bytes(b"torn")

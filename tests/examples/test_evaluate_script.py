@@ -1,7 +1,6 @@
 """examples/evaluate.py: each task runs in a tiny configuration and leaves what it promises; bad input ends at once."""
 
 import json
-import re
 import runpy
 import sys
 from pathlib import Path
@@ -205,28 +204,28 @@ def test_words_has_its_figures_where_they_were(script, evaluate, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("", "`task` is needed"),
-        ("--task rocr --model a", "`output_dir` is needed"),
-        ("--task rocr --output_dir out", "`model` is needed"),
-        ("--task generation --output_dir out", "`model` is needed, or `samples`"),
-        ("--task rocr --model a --samples b --output_dir out", "the task rocr makes no use of `samples`"),
+        ("", "--task is needed"),
+        ("--task rocr --model a", "--output_dir is needed"),
+        ("--task rocr --output_dir out", "--model is needed"),
+        ("--task generation --output_dir out", "--model is needed, or --samples"),
+        ("--task rocr --model a --samples b --output_dir out", "the task rocr makes no use of --samples"),
         ("--task rocr --model a a --dataset_name words --output_dir out", "names one twice"),
-        ("--task words --model a b --output_dir out", "takes one `model`"),
-        ("--task reconstruction --model a --output_dir out", "`dataset_name` is needed"),
-        ("--task ppl_ocr --model a --dataset_name words --output_dir out", "`language_model` is needed"),
-        ("--task prose --model a --dataset_name d --output_dir out", "`training_text` is needed"),
+        ("--task words --model a b --output_dir out", "takes one --model"),
+        ("--task reconstruction --model a --output_dir out", "--dataset_name is needed"),
+        ("--task ppl_ocr --model a --dataset_name words --output_dir out", "--language_model is needed"),
+        ("--task prose --model a --dataset_name d --output_dir out", "--training_text is needed"),
         (
             "--task prose --model a --dataset_name d --training_text t --temperature 1 --temperatures 1 --output_dir o",
             "exclude each other",
         ),
         (
             "--task prose --model a --dataset_name d --training_text t --temperatures 0 --output_dir out",
-            "`temperatures` must be positive",
+            "--temperatures must be positive",
         ),
-        ("--task generation --model a --output_dir out", "either `dataset_name` or `reference`"),
-        ("--task words --model a --search_scales 2 --output_dir out", "the task words makes no use of `search_scales`"),
+        ("--task generation --model a --output_dir out", "either --dataset_name or --reference"),
+        ("--task words --model a --search_scales 2 --output_dir out", "the task words makes no use of --search_scales"),
         ("--task generation --model a --reference r --search_schedules cosine --output_dir out", "must be of constant"),
-        ("--task generation --model a --reference r --search_powers 0 --output_dir out", "`search_powers` must be pos"),
+        ("--task generation --model a --reference r --search_powers 0 --output_dir out", "--search_powers must be pos"),
         (
             "--task rocr --model a --dataset_name d --protocol official --ocr tesseract --output_dir out",
             "a prompt of",
@@ -235,15 +234,15 @@ def test_words_has_its_figures_where_they_were(script, evaluate, monkeypatch):
             "--task rocr --model a --dataset_name d --protocol official --ocr_prompt x --output_dir out",
             "a prompt of",
         ),
-        ("--task words --model a --temperature 0 --output_dir out", "`temperature` must be finite and greater than 0"),
-        ("--task words --model a --batch_size 0 --output_dir out", "`batch_size` must be positive"),
-        ("--task words --model a --seed -1 --output_dir out", "`seed` must be at least 0"),
+        ("--task words --model a --temperature 0 --output_dir out", "--temperature must be finite and greater than 0"),
+        ("--task words --model a --batch_size 0 --output_dir out", "--batch_size must be positive"),
+        ("--task words --model a --seed -1 --output_dir out", "--seed must be at least 0"),
     ],
 )
 def test_bad_arguments_end_with_a_message(script, capsys, options, message):
     with pytest.raises(SystemExit):
         parse_arguments(script["EvaluationArguments"], options.split())
-    assert re.sub(r"`(\w+)`", r"--\1", message) in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", ["--num_images 6", "--num_images 8 --search_scales 2 --num_search_images 6"])
@@ -269,6 +268,16 @@ def test_input_that_cannot_work_ends_before_any_work(evaluate, tokenizers, capsy
     with pytest.raises(error, match=message):
         evaluate(f"{options} --dataset_name words --num_dataset_images 2")
     assert "images/s" not in capsys.readouterr().err
+
+
+def test_the_background_of_transparent_images_is_an_option(evaluate, tokenizers, tmp_path):
+    (tmp_path / "clear").mkdir()
+    Image.new("RGBA", (64, 16), (255, 0, 0, 0)).save(tmp_path / "clear" / "0.png")
+    for background, level in (("white", 255), ("#0000ff", [0, 0, 255])):
+        options = f"--model step-1 --dataset_name clear --background {background} --lpips false --fid false"
+        evaluate(f"--task reconstruction {options}")
+        with Image.open(tmp_path / "out" / "reconstructions-1.png") as grid:
+            assert (np.asarray(grid)[:16, :64] == level).all()
 
 
 def test_what_reconstruction_cannot_measure_is_said_with_the_reason(

@@ -181,6 +181,18 @@ def test_train_reads_pictures_and_a_yaml_file(folder, tokenizer):
     assert config["embedding_dropout"] == 0 and config["hidden_size"] == 16
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [("ALARM 100", "--labels must be names or numbers in [0, 100), got 100."), ("ALAMR", "did you mean 'ALARM'")],
+)
+def test_generate_names_the_option_of_labels_that_are_not_there(monkeypatch, capsys, labels, message):
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--labels", *labels.split(), "--device", "cpu"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(REPOSITORY / "examples" / "generate.py"), run_name="__main__")
+    printed = capsys.readouterr().err
+    assert message in printed and "--labels" in printed
+
+
 def test_generate_makes_each_picture_from_its_own_seed(folder, pipeline):
     options = "--model dnd --labels ALARM 3 --num_images_per_label 2 --batch_size 3 --seed 5 --output out/grid.png"
     printed = launch(ALONE, "generate.py", f"{options} --single_files out/single", folder)
@@ -198,6 +210,8 @@ def test_generate_makes_each_picture_from_its_own_seed(folder, pipeline):
         ("train.py", "--codes_dir codes --dataset_name words", "either --codes_dir or --dataset_name"),
         ("extract_codes.py", "--dataset_name words", "--vqvae is needed"),
         ("generate.py", "--batch_size 0", "--batch_size must be positive"),
+        ("generate.py", "--model nowhere --top_p 2", "--top_p must be within (0, 1]"),
+        ("generate.py", "--model nowhere --output grid", "--output must be the name of an image file"),
     ],
 )
 def test_bad_arguments_end_with_a_message_before_any_work(monkeypatch, capsys, script, options, message):

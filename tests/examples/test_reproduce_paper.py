@@ -17,6 +17,7 @@ from PIL import Image
 from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
 
 from dnd_hf import DnDPipeline
+from dnd_hf.arguments import parse_arguments
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -113,7 +114,7 @@ def test_local_files_need_no_hub_and_what_is_there_is_not_made_again(script, fol
 
     def run(num_images: int) -> dict[Path, int]:
         arguments = f"{options} --num_images {num_images}".split()
-        script["main"](script["parse_arguments"](script["ReproductionArguments"], arguments))
+        script["main"](parse_arguments(script["ReproductionArguments"], arguments))
         return {path: path.stat().st_mtime_ns for path in (folder / "out" / "pipeline").rglob("*")}
 
     assert run(10) == run(20)
