@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from operator import index as as_index
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
@@ -11,6 +10,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..ops.number_checks import whole_number
 from .prompts import prompt_tokens
 from .saving import SavingMixin
 
@@ -148,7 +148,7 @@ class DnDPipeline(SavingMixin, DiffusionPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(num_images_per_label, output_type, callback_on_step_end_tensor_inputs)
         conditions = self._conditions(class_labels, prompt).to(self._execution_device)
-        conditions = conditions.repeat_interleave(as_index(num_images_per_label), dim=0)
+        conditions = conditions.repeat_interleave(int(num_images_per_label), dim=0)
 
         # 2. Sample the codes
         self._interrupt = False
@@ -190,14 +190,7 @@ class DnDPipeline(SavingMixin, DiffusionPipeline):
         if output_type not in allowed:
             without = "" if self.vqvae is not None else " of a pipeline without a `vqvae`"
             raise ValueError(f"`output_type`{without} must be one of {allowed}, got {output_type!r}.")
-        try:
-            enough = not isinstance(num_images_per_label, bool) and as_index(num_images_per_label) >= 1
-        except TypeError:
-            enough = False
-        if not enough:
-            raise ValueError(
-                f"`num_images_per_label` must be a whole number, at least 1, got {num_images_per_label!r}."
-            )
+        whole_number("num_images_per_label", num_images_per_label)
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(

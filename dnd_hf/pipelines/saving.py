@@ -6,6 +6,7 @@ import shutil
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from diffusers import ConfigMixin
 from diffusers.utils import PushToHubMixin
@@ -72,19 +73,28 @@ class SavingMixin(ConfigMixin, PushToHubMixin):
         Raises:
             ValueError: a model has unmerged PEFT layers; nothing has been written then.
         """
+        self._refuse_adapters()
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def push_to_hub(self, *args, **kwargs) -> str:
+        """Saves to a repository of the Hub; arguments as in diffusers, errors as of `save_pretrained`."""
+        self._refuse_adapters()  # before the repository is created
+        return super().push_to_hub(*args, **kwargs)
+
+    def _refuse_adapters(self) -> None:
         for name, model in self.components.items():
             if isinstance(model, nn.Module) and _has_adapters(model):
                 raise ValueError(
                     f"`{name}` has unmerged PEFT layers, which a pipeline cannot be saved with: merge them first"
                     " (`merge_and_unload()` of a PeftModel), or save the adapter by itself."
                 )
-        super().save_pretrained(save_directory, *args, **kwargs)
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """Writes `model_index.json` and the code that `trust_remote_code` runs; called by `save_pretrained`."""
         super().save_config(save_directory)
-        folder, index = Path(save_directory), {}
+        folder = Path(save_directory)
         (folder / "pipeline.py").write_text(remote_code(type(self)), encoding="utf-8")
+        index: dict[str, Any] = {"_class_name": ["pipeline", type(self).__name__]}
         for name in ("transformer", "vqvae"):
             model = self.components[name]
             if model is None:
@@ -93,18 +103,18 @@ class SavingMixin(ConfigMixin, PushToHubMixin):
             module = model_class.__module__.rpartition(".")[2]
             index[name] = [module, model_class.__name__]
             auto_map = {"AutoModel": f"{module}.{model_class.__name__}"}
-            classes = [model_class]
             if issubclass(model_class, PreTrainedModel):
-                classes.append(model_class.config_class)
-                auto_map["AutoConfig"] = f"{module}.{model_class.config_class.__name__}"
-            code = remote_code(*classes)
-            (folder / name / f"{module}.py").write_text(code, encoding="utf-8")
-            if issubclass(model_class, PreTrainedModel):  # transformers looks there when it is given a `subfolder`
+                config_class = model_class.config_class
+                auto_map["AutoConfig"] = f"{module}.{config_class.__name__}"
+                code = remote_code(model_class, config_class)
+                # transformers looks for it here when it is given a `subfolder`.
                 (folder / f"{module}.py").write_text(code, encoding="utf-8")
+            else:
+                code = remote_code(model_class)
+                index["auto_map"] = auto_map  # diffusers looks for it here when it is given a `subfolder`
+            (folder / name / f"{module}.py").write_text(code, encoding="utf-8")
             _update_json(folder / name / "config.json", auto_map=auto_map)
-        if self.vqvae is not None:  # diffusers looks there when it is given a `subfolder`; there can be only one
-            index["auto_map"] = {"AutoModel": ".".join(index["vqvae"])}
-        _update_json(folder / self.config_name, _class_name=["pipeline", type(self).__name__], **index)
+        _update_json(folder / self.config_name, **index)
 
     def _upload_folder(
         self, working_dir: str | os.PathLike, repo_id: str, token: str | None = None, subfolder: str | None = None, **kw

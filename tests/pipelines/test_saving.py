@@ -236,6 +236,8 @@ def test_a_model_with_adapters_is_refused_before_anything_is_written(make_pipeli
         pipe.transformer = transformer
         with pytest.raises(ValueError, match="`transformer` has unmerged PEFT layers"):
             pipe.save_pretrained(tmp_path / "a")
+        with pytest.raises(ValueError, match="`transformer` has unmerged PEFT layers"):
+            pipe.push_to_hub("me/adapted")  # without a connection, creating it would be another error
     assert not (tmp_path / "a").exists()
     pipe.transformer = adapted.merge_and_unload()
     pipe.save_pretrained(tmp_path / "a")
