@@ -10,6 +10,7 @@ an extraction can be killed and resumed; `dataset_info.json` comes last and says
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice, takewhile
 from pathlib import Path
@@ -167,14 +168,27 @@ class CodesWriter:
             remove(leftover)
         # The library describes a dataset without rows, whose description fits the shards too.
         with TemporaryDirectory(dir=self.path, prefix=".", suffix=".unfinished") as folder:
-            empty = datasets.Dataset.from_dict({name: [] for name in self.features}, features=self.features)
-            empty.save_to_disk(folder)
+            with _no_progress_bar():
+                empty = datasets.Dataset.from_dict({name: [] for name in self.features}, features=self.features)
+                empty.save_to_disk(folder)
             state = read_json(Path(folder, "state.json")) | {
                 "_data_files": [{"filename": f"data-{part:05d}-{shard:05d}.arrow"} for part, shard in shards],
                 "_fingerprint": generate_random_fingerprint(),
             }
             write_json(self.path / "state.json", state)
             Path(folder, "dataset_info.json").replace(self.path / "dataset_info.json")
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keeps `datasets` from showing how it writes nothing."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 class CodesDataset(torch.utils.data.Dataset):

@@ -103,7 +103,10 @@ def read_image_folder(
         for file in files
         if file not in metadata and (not is_image(file) or (metadata and os.path.normpath(root / file) not in used))
     ]
-    (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows)})
+    try:
+        (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows)})
+    except ValueError as error:
+        raise ValueError(f"A split must be a name or a part such as `{name}[:10%]`, got {split!r}.") from error
     return rows.select(range(part.from_ or 0, len(rows) if part.to is None else part.to)), skipped
 
 

@@ -2,8 +2,11 @@
 
 import logging
 from pathlib import Path
+from textwrap import shorten
 
 import datasets
+import pyarrow as pa
+from datasets.exceptions import DatasetGenerationError
 
 from .folders import METADATA_FILES, count_kinds, is_image, list_files, read_image_folder
 from .images import ImageDataset, ImageStream, ImageTransform, TenCrop, WithMirrorImage
@@ -46,9 +49,10 @@ def load_image_dataset(
             nothing else says beforehand which classes there are.
 
     Raises:
-        ValueError: no such split, no images in it or fewer than `num_images`; no such column, or none of images or of
-            labels; an image without a label (-1 or None); numbers that are no classes; a stream where there can be
-            none.
+        FileNotFoundError: no such source, here or on the Hub.
+        ValueError: damaged files; no such split, no images in it or fewer than `num_images`; no such column, or none of
+            images or of labels; an image without a label (-1 or None); numbers that are no classes; a stream where
+            there can be none.
     """
     if streaming and num_images is not None:
         raise ValueError(f"`num_images` cannot be drawn from a stream, got {num_images}.")
@@ -96,9 +100,17 @@ def _open(
         return datasets.load_from_disk(str(saved)), []
     if is_folder:
         return read_image_folder(name, split, with_classes)
-    if name.endswith(".parquet"):
-        return datasets.load_dataset("parquet", data_files=name, split=split, streaming=streaming), []
-    return datasets.load_dataset(name, config_name, split=split, streaming=streaming), []
+    is_parquet = name.endswith(".parquet")
+    if Path(name).is_file() and not is_parquet:
+        raise ValueError(f"{name} is a file; it must be a folder, a parquet file or a data set on the Hub.")
+    source = {"path": "parquet", "data_files": name} if is_parquet else {"path": name, "name": config_name}
+    try:
+        return datasets.load_dataset(**source, split=split, streaming=streaming), []
+    except (ConnectionError, FileNotFoundError) as error:
+        here = f"{Path(name).absolute()} does not exist, and " if not Path(name).exists() else ""
+        raise FileNotFoundError(f"{name} cannot be opened: {here}{error}") from error
+    except (DatasetGenerationError, pa.ArrowInvalid) as error:
+        raise ValueError(f"{name} cannot be read: {shorten(str(error.__cause__ or error), 200)}") from error
 
 
 def _holds_images(folder: str) -> bool:

@@ -76,6 +76,8 @@ def test_split_folders_with_classes_in_them_are_splits_with_the_same_classes(tmp
     assert labelled(tmp_path, "train[:50%]") == {"train/bus/a.png": "bus"}
     with pytest.raises(ValueError, match="has no split 'dev'; it has 'test', 'train', 'validation'"):
         read_image_folder(tmp_path, "dev")
+    with pytest.raises(ValueError, match=r"a part such as `train\[:10%\]`, got 'train\[half\]'"):
+        read_image_folder(tmp_path, "train[half]")
 
 
 def test_folders_that_may_be_splits_or_classes_are_refused_with_how_to_choose(tmp_path):

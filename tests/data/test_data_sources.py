@@ -158,3 +158,18 @@ def test_a_folder_of_sounds_is_said_to_have_no_images(tmp_path):
         (tmp_path / f"{number}.wav").touch()
     with pytest.raises(ValueError, match=r"has no images among its 3 files \(\.wav 3\)"):
         load_image_dataset(str(tmp_path), ImageTransform(8))
+
+
+def test_what_is_not_there_is_said_to_be_neither_here_nor_on_the_hub(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"cannot be opened: .*/phots does not exist, and "):
+        load_image_dataset(str(tmp_path / "phots"), ImageTransform(8))
+
+
+def test_files_of_another_kind_and_damaged_ones_are_refused(tmp_path, image, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    image.save(tmp_path / "one.png")
+    with pytest.raises(ValueError, match=r"one\.png is a file; it must be a folder, a parquet file"):
+        load_image_dataset(str(tmp_path / "one.png"), ImageTransform(8))
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"torn\.parquet cannot be read: Parquet"):
+        load_image_dataset(str(tmp_path / "torn.parquet"), ImageTransform(8))
