@@ -43,24 +43,57 @@ def import_figure() -> type:
 
 
 def plot_training_curves(metrics: Sequence[dict], path: str | Path) -> None:
-    """Draws every number of the lines of a metrics.jsonl over their `step`, one panel each."""
+    """Draws the lines of a metrics.jsonl over their `step`: loss and what is validated first and large, then the other
+    metrics, those of all depths in one panel, and last and small how fast the run was."""
     figure_class = import_figure()
-    curves: dict[str, list[tuple[int, float]]] = {}
+    panels = _training_panels(metrics)
+    if not panels:
+        return
+    rows = [(height, row) for size, columns, height in ROWS for row in _in_rows(panels, size, columns)]
+    heights = [height for height, _ in rows]
+    figure = figure_class(figsize=(13, sum(heights)), layout="constrained")
+    grid = figure.add_gridspec(len(rows), 12, height_ratios=heights)
+    for number, (height, row) in enumerate(rows):
+        width = 12 // len(row) if height == ROWS[0][2] else 12 // max(len(row), 4)
+        for place, title in enumerate(row):
+            axes = figure.add_subplot(grid[number, place * width : (place + 1) * width])
+            for label, points in panels[title][1]:
+                axes.plot(*zip(*points), label=label, marker="o" if len(points) < 20 else None, markersize=3)
+            axes.set_title(title, fontsize=11 if height == ROWS[0][2] else 9)
+            axes.tick_params(labelsize=8)
+            axes.grid(alpha=0.3)
+            if len(panels[title][1]) > 1:
+                axes.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+ROWS = (("large", 3, 4.0), ("medium", 4, 2.6), ("small", 6, 1.7))
+"""Sizes of panels of training curves: name, panels in a row, height in inches."""
+SMALL = ("learning_rate", "grad_norm", "images_per_second", "tokens_per_second", "mfu", "peak_memory_gb")
+
+
+def _training_panels(metrics: Sequence[dict]) -> dict[str, tuple[str, list[tuple[str, list[tuple[int, float]]]]]]:
+    """Title -> (size, [(label, points)]) of each panel."""
+    panels: dict[str, tuple[str, dict[str, list[tuple[int, float]]]]] = {}
     for line in metrics:
         for name, value in line.items():
-            if name != "step":
-                curves.setdefault(name, []).append((line["step"], value))
-    if not curves:
-        return
-    columns = min(4, len(curves))
-    rows = -(-len(curves) // columns)
-    figure = figure_class(figsize=(4 * columns, 2.5 * rows), layout="constrained")
-    for place, (name, points) in enumerate(sorted(curves.items()), start=1):
-        axes = figure.add_subplot(rows, columns, place)
-        axes.plot(*zip(*points))
-        axes.set_title(name, fontsize=9)
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
+            stage, _, metric = name.rpartition("/")
+            base, _, depth = metric.partition("_depth_")
+            if name == "step":
+                continue
+            title = f"{base} by depth, {stage}" if depth else base
+            size = "small" if base in SMALL else "medium"
+            _, curves = panels.setdefault(title, (size, {}))
+            curves.setdefault(f"depth {depth}" if depth else stage, []).append((line["step"], value))
+            if not depth and (base == "loss" or stage == "validation"):
+                panels[title] = ("large", curves)
+    first = ("loss", *panels)
+    return {title: (panels[title][0], list(panels[title][1].items())) for title in first if title in panels}
+
+
+def _in_rows(panels: dict, size: str, columns: int) -> list[list[str]]:
+    titles = [title for title in panels if panels[title][0] == size]
+    return [titles[start : start + columns] for start in range(0, len(titles), columns)]
 
 
 def plot_codes(codes: Sequence[dict], path: str | Path) -> None:

@@ -32,7 +32,7 @@ from .publishing import upload_run, write_model_card
 from .safe_loading import check_pickles
 from .settings import check_settings, write_settings
 from .summary import as_text, metrics_text, run_summary, with_steps
-from .throughput import matmul_rate, peak_memory
+from .throughput import peak_flops, peak_memory
 
 
 class TrainingRun(ABC):
@@ -80,8 +80,9 @@ class TrainingRun(ABC):
         self.wrapped_model, self.optimizer = accelerator.prepare(model, optimizer)
         self.ema = WeightAverage(model.parameters(), args.ema_decay)
         accelerator.register_for_checkpointing(self.scheduler, self.ema)
-        precision = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-        self.flops_rate = matmul_rate(accelerator.device, precision) * accelerator.num_processes
+        # Mixed precision computes in float32 too, which is the faster of the two on some CPUs.
+        dtypes = (torch.float32, torch.bfloat16) if accelerator.mixed_precision == "bf16" else (torch.float32,)
+        self.peak_flops = peak_flops(accelerator.device, *dtypes) * accelerator.num_processes
         self.window = MetricsWindow()
         self.progress = tqdm(
             total=args.max_train_steps,
@@ -278,11 +279,13 @@ class TrainingRun(ABC):
             )
         self.check(means, step)
         rate = passes * self.args.train_batch_size * self.accelerator.num_processes / seconds
+        flops = rate * self.flops_per_sample
+        self.peak_flops = max(self.peak_flops, flops)  # a machine that was busy when the peak was measured
         means |= {
             "learning_rate": self.scheduler.get_last_lr()[0],
             "images_per_second": rate,
             "tokens_per_second": rate * self.tokens_per_sample,
-            "mfu": rate * self.flops_per_sample / self.flops_rate,
+            "mfu": flops / self.peak_flops,
             "peak_memory_gb": peak_memory(self.accelerator.device),
         }
         self.progress.set_postfix_str(f"loss {means['loss']:.4f}, {rate:.1f} images/s")

@@ -3,7 +3,6 @@
 import copy
 import resource
 import sys
-from statistics import median
 from time import perf_counter
 
 import torch
@@ -37,18 +36,33 @@ def tokenizer_training_flops(vae: RQVAE, size: tuple[int, int]) -> int:
     return 3 * counter.get_total_flops()
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating point operations a second of a large matrix product, measured now: the median of seven."""
-    size = 1024 if device.type == "cpu" else 8192
+def peak_flops(device: torch.device, *dtypes: torch.dtype) -> float:
+    """Floating point operations a second of the fastest matrix product in one of `dtypes`, measured now.
+
+    Several sizes are tried, each a few times, which takes a second or two. Float32 on a GPU is TF32 where convolutions
+    may use it, as they do by default.
+    """
+    sizes = (512, 1024, 2048) if device.type == "cpu" else (2048, 4096, 8192)
+    earlier = torch.get_float32_matmul_precision()
+    if device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        torch.set_float32_matmul_precision("high")
+    try:
+        return max(_product_rate(size, device, dtype) for dtype in dtypes for size in sizes)
+    finally:
+        torch.set_float32_matmul_precision(earlier)
+
+
+def _product_rate(size: int, device: torch.device, dtype: torch.dtype, budget: float = 0.3) -> float:
+    """The best rate of a square matrix product, repeated until `budget` seconds are over, twice at least."""
     factors = [torch.randn(size, size, device=device, dtype=dtype) for _ in range(2)]
-    seconds = []
-    for _ in range(8):
+    seconds: list[float] = []
+    while len(seconds) < 2 or sum(seconds) < budget:
         synchronize(device)
         started = perf_counter()
         torch.mm(*factors)
         synchronize(device)
         seconds.append(perf_counter() - started)
-    return 2 * size**3 / median(seconds[1:])
+    return 2 * size**3 / min(seconds)
 
 
 def synchronize(device: torch.device) -> None:

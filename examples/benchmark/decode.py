@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dnd_hf import DnDConfig, DnDForImageGeneration
 from dnd_hf.generation.packed_decoder import packed_runner
-from dnd_hf.training.throughput import matmul_rate
+from dnd_hf.training.throughput import peak_flops
 
 
 def decode(
@@ -104,7 +104,7 @@ def decode_floors(model: DnDForImageGeneration, sequences: int, repeats: int) ->
         return {"floor": partial(run, plain), "packed_floor": partial(run, packed)}
     weight_count = sum(weight.numel() for weight in weights)
     by_memory = (steps * weight_count * item + cache_bytes) / bandwidth
-    by_arithmetic = 2 * steps * weight_count * sequences / matmul_rate(device, dtype)
+    by_arithmetic = 2 * steps * weight_count * sequences / peak_flops(device, dtype)
     return {"floor": partial(time.sleep, max(by_memory, by_arithmetic))}
 
 

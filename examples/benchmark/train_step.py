@@ -11,7 +11,7 @@ from options import BenchmarkArguments
 from timing import extra_memory, row, side_by_side
 from torch import Tensor, nn
 
-from dnd_hf.training.throughput import matmul_rate, transformer_training_flops
+from dnd_hf.training.throughput import peak_flops, transformer_training_flops
 
 
 def train(args: BenchmarkArguments, device: torch.device, reference: Reference | None) -> Iterator[dict]:
@@ -47,7 +47,7 @@ def train(args: BenchmarkArguments, device: torch.device, reference: Reference |
     if args.torch_compile:
         model.compile()
     seconds = side_by_side(functions, device, args.repeats)
-    rate = matmul_rate(device, dtype)
+    rate = peak_flops(device, dtype)
     mfu = batch * transformer_training_flops(config) / median(seconds["ours"]) / rate
     memory = {f"memory_mb_{name}": extra_memory(function, device) for name, function in functions.items()}
     what = f"{args.size}, depth {args.code_depth}, batch {batch}, {args.dtype}{', compiled' * args.torch_compile}"

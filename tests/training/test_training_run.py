@@ -169,6 +169,17 @@ def test_the_rates_of_a_run_are_logged(tmp_path):
     assert line["train/mfu"] > 0 and line["train/peak_memory_gb"] > 0.01 and line["train/grad_norm"] > 0
 
 
+def test_a_share_of_the_peak_is_at_most_one(tmp_path):
+    class FastRun(SmallRun):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.peak_flops, self.flops_per_sample = 1e3, 10**9
+
+    train(tmp_path, FastRun)
+    shares = [line["train/mfu"] for line in read_metrics(tmp_path / "metrics.jsonl") if "train/mfu" in line]
+    assert len(shares) == 3 and max(shares) == 1 and min(shares) > 0
+
+
 def test_trackers_get_numbers_and_pictures(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
