@@ -28,7 +28,8 @@ class GenerationArguments(SamplingArguments):
     labels: list[str] = HfArg(
         default_factory=list, help="Names or numbers of classes; default: 16 spread over all classes."
     )
-    num_images_per_label: int = HfArg(default=1, help="Images of each label, side by side in the grid.")
+    prompts: list[str] = HfArg(default_factory=list, help="Texts, for a model that reads text instead of labels.")
+    num_images_per_label: int = HfArg(default=1, help="Images of each label or prompt, side by side in the grid.")
     seed: int = HfArg(default=0, help="Image i is generated from `seed + i`, whatever the batch size.")
     batch_size: int = HfArg(default=16, help="Images generated at once.")
     device: str | None = HfArg(default=None, help="Default: a GPU where there is one.")
@@ -40,6 +41,8 @@ class GenerationArguments(SamplingArguments):
         for name in ("num_images_per_label", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        if self.labels and self.prompts:
+            raise ValueError("`labels` and `prompts` exclude each other.")
         if Path(self.output).suffix.lower() not in Image.registered_extensions():
             raise ValueError(f"`output` must be the name of an image file, such as grid.png, got {self.output!r}.")
         SamplingSettings.check(**self.sampling)
@@ -47,7 +50,9 @@ class GenerationArguments(SamplingArguments):
 
 def find_labels(pipe: DnDPipeline, labels: list[str]) -> list[int]:
     """The numbers of the classes that the option names; 16 spread over all classes where it names none."""
-    num_classes = len(pipe.transformer.config.id2label)
+    num_classes = pipe.transformer.config.num_classes
+    if not num_classes:
+        raise ValueError("`prompts` are needed: this model reads text.")
     if not labels:
         count = min(16, num_classes)
         return [i * num_classes // count for i in range(count)]
@@ -63,13 +68,15 @@ def find_labels(pipe: DnDPipeline, labels: list[str]) -> list[int]:
 def main(args: GenerationArguments) -> None:
     device = args.device or torch.accelerator.current_accelerator() or "cpu"
     pipe = DnDPipeline.from_pretrained(checkpoint_path(args.model), dtype=getattr(torch, args.dtype)).to(device)
-    labels = [label for label in find_labels(pipe, args.labels) for _ in range(args.num_images_per_label)]
+    kind = "prompt" if args.prompts else "class_labels"
+    conditions = args.prompts or find_labels(pipe, args.labels)
+    conditions = [condition for condition in conditions for _ in range(args.num_images_per_label)]
 
     images, started = [], perf_counter()
-    for first in range(0, len(labels), args.batch_size):
-        batch = labels[first : first + args.batch_size]
+    for first in range(0, len(conditions), args.batch_size):
+        batch = conditions[first : first + args.batch_size]
         generators = [torch.Generator("cpu").manual_seed(args.seed + first + i) for i in range(len(batch))]
-        images += pipe(batch, **args.sampling, generator=generators).images
+        images += pipe(**{kind: batch}, **args.sampling, generator=generators).images
     seconds = perf_counter() - started
 
     columns = args.num_images_per_label if args.num_images_per_label > 1 else max(1, round(len(images) ** 0.5))
@@ -77,8 +84,9 @@ def main(args: GenerationArguments) -> None:
     if args.single_files:
         folder = Path(args.single_files)
         folder.mkdir(parents=True, exist_ok=True)
-        for i, (label, image) in enumerate(zip(labels, images)):
-            image.save(folder / f"{i:06d}_class{label}_seed{args.seed + i}.png")
+        for i, (condition, image) in enumerate(zip(conditions, images)):
+            made_from = f"prompt{i // args.num_images_per_label}" if args.prompts else f"class{condition}"
+            image.save(folder / f"{i:06d}_{made_from}_seed{args.seed + i}.png")
     print(f"{len(images)} images in {seconds:.1f} s ({len(images) / seconds:.2f} images/s) on {device}: {args.output}")
 
 

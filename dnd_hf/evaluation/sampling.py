@@ -28,6 +28,8 @@ def fingerprint(pipeline: DnDPipeline) -> str:
 def check_balance(pipeline: DnDPipeline, num_images: int) -> int:
     """The number of classes; ValueError unless `num_images` can be divided equally among them."""
     num_classes = pipeline.transformer.config.num_classes
+    if not num_classes:
+        raise ValueError("`model` must be a class-conditional or unconditional pipeline, this one reads prompts.")
     if num_images < 1 or num_images % num_classes:
         raise ValueError(
             f"{num_images} images cannot be divided equally among {num_classes} classes; choose a multiple, such as"

@@ -12,6 +12,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 from dnd_hf import RQVAE, DnDPipeline
 from dnd_hf.arguments import parse_arguments
@@ -179,6 +183,30 @@ def test_train_reads_pictures_and_a_yaml_file(folder, tokenizer):
     launch(ALONE, "train.py", f"--config train.yaml {TRANSFORMER} {WORDS} --gradient_accumulation_steps 2", folder)
     config = json.loads((folder / "dnd-images" / "transformer" / "config.json").read_text())
     assert config["embedding_dropout"] == 0 and config["hidden_size"] == 16
+
+
+def test_generate_takes_prompts_for_a_model_that_reads_text(make_rq_model, make_vae, tmp_path, monkeypatch):
+    words = ["[PAD]", "[UNK]", "a", "red", "house"]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    vae = make_vae()
+    model = make_rq_model(prompt_length=4, prompt_vocab_size=len(words), code_depth=2, code_vector_size=4)
+    model.set_code_vectors(vae.quantizer.codebooks)
+    pipe = DnDPipeline(model, vae, tokenizer)
+    pipe.save_pretrained(tmp_path / "text")
+    script = runpy.run_path(str(REPOSITORY / "examples" / "generate.py"))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*options: str) -> None:
+        argv = ["--model", "text", "--device", "cpu", "--single_files", "single", *options]
+        script["main"](parse_arguments(script["GenerationArguments"], argv))
+
+    run("--prompts", "a house", "a red house", "--num_images_per_label", "2")
+    alone = pipe(prompt="a red house", generator=2).images[0]
+    assert (np.array(Image.open("single/000002_prompt1_seed2.png")) == np.array(alone)).all()
+    with pytest.raises(ValueError, match="`prompts` are needed"):
+        run()
 
 
 @pytest.mark.parametrize(
