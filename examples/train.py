@@ -1,8 +1,11 @@
-"""Trains a DnD-Transformer on codes made by extract_codes.py, or straight on pictures with a tokenizer.
+"""Trains a DnD-Transformer or an RQ-Transformer on codes of extract_codes.py, or on images with a tokenizer.
 
 python examples/train.py --codes_dir codes --size B --output_dir dnd-b
 python examples/train.py --dataset_name words --vqvae rqvae-words --hidden_size 256 --num_hidden_layers 6 \
     --num_attention_heads 4 --output_dir dnd-words
+
+python examples/train.py --architecture rq_transformer --size 480M --dataset_name imagefolder --vqvae rqvae \
+    --soft_code_temperature 0.5 --output_dir rq-transformer
 
 The result, `output_dir`, is a whole pipeline: `DnDPipeline.from_pretrained(output_dir)`.
 """
@@ -23,39 +26,27 @@ from accelerate.utils import set_seed
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
+from transformers import AutoConfig, PreTrainedModel
 from transformers.hf_argparser import HfArg
 from transformers.utils.logging import disable_progress_bar
 
-from dnd_hf import RQVAE, DnDConfig, DnDForImageGeneration, DnDPipeline
+from dnd_hf import RQVAE, DnDPipeline
 from dnd_hf.arguments import RunArguments, run_script
 from dnd_hf.data.codes import CodesDataset, collate_codes
 from dnd_hf.data.images import as_size, check_stride, collate_images
 from dnd_hf.generation.settings import SamplingSettings
+from dnd_hf.training.architectures import ARCHITECTURES
 from dnd_hf.training.data_order import hold_out
 from dnd_hf.training.environment import RunEnvironment
 from dnd_hf.training.images import load_training_images
 from dnd_hf.training.optimization import weight_decay_groups
 from dnd_hf.training.run import TrainingRun
 from dnd_hf.training.settings import fingerprint, model_settings
+from dnd_hf.training.soft_codes import soft_codes
 from dnd_hf.training.throughput import transformer_training_flops
 
 
-SHAPE_OPTIONS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "prediction_layers",
-    "depth_mode",
-    "tie_prediction_heads",
-    "class_dropout_prob",
-    "embedding_dropout",
-    "residual_dropout",
-    "mlp_dropout",
-    "drop_path_rate",
-    "initializer_range",
-)
+OPTIONS = {option for architecture in ARCHITECTURES.values() for option in architecture.options}
 
 
 @dataclass
@@ -67,31 +58,48 @@ class DnDArguments(RunArguments):
     pretrained_transformer: str | None = HfArg(
         default=None, help="Fine-tune this transformer (folder or Hub id); its shape replaces the options of the model."
     )
-    size: Literal["B", "L", "XL", "XXL", "XXXL"] = HfArg(
-        default="B", help="Size of the paper; each of the following options replaces one of its numbers."
+    architecture: Literal["dnd", "rq_transformer"] = HfArg(
+        default="dnd", help="What is trained; the defaults of the following options are those of its paper."
+    )
+    size: Literal["B", "L", "XL", "XXL", "XXXL", "355M", "480M", "612M", "821M", "1.4B", "3.8B"] | None = HfArg(
+        default=None, help="Size of the paper (B; 480M); each of the following options replaces one of its numbers."
     )
     hidden_size: int | None = HfArg(default=None, help="Width.")
-    num_hidden_layers: int | None = HfArg(default=None, help="Number of LLaMA blocks.")
-    num_attention_heads: int | None = HfArg(default=None, help="Heads, each a multiple of 4 wide.")
+    num_hidden_layers: int | None = HfArg(default=None, help="Number of blocks (RQ-Transformer: of the body).")
+    num_depth_layers: int | None = HfArg(default=None, help="Number of blocks of the RQ-Transformer's depth stack.")
+    num_attention_heads: int | None = HfArg(default=None, help="Heads; those of DnD are each a multiple of 4 wide.")
+    num_depth_attention_heads: int | None = HfArg(default=None, help="Heads of the depth stack; default: as many.")
     num_key_value_heads: int | None = HfArg(default=None, help="Fewer than the heads for grouped-query attention.")
-    intermediate_size: int | None = HfArg(default=None, help="Width of the SwiGLU.")
+    intermediate_size: int | None = HfArg(default=None, help="Width of the MLPs.")
     prediction_layers: list[int] | None = HfArg(default=None, help="0-based layer of each depth's head.")
-    depth_mode: Literal["dnd", "vertical", "parallel"] = HfArg(default="dnd", help="Table 3 of the paper.")
-    tie_prediction_heads: bool = HfArg(default=False, help="One output matrix for all depths.")
-    class_dropout_prob: float = HfArg(default=0.1, help="Share of samples without class; 0: no guidance.")
-    embedding_dropout: float = HfArg(default=0.1, help="Dropout of the input tokens.")
-    residual_dropout: float = HfArg(default=0.1, help="Dropout of the attention output.")
-    mlp_dropout: float = HfArg(default=0.1, help="Dropout of the MLP output.")
-    drop_path_rate: float = HfArg(default=0.0, help="Stochastic depth of the last layer.")
-    initializer_range: float = HfArg(default=0.02, help="Standard deviation of the initial weights.")
+    depth_mode: Literal["dnd", "vertical", "parallel"] | None = HfArg(default=None, help="Table 3 of the paper.")
+    tie_prediction_heads: bool | None = HfArg(default=None, help="One output matrix for all depths.")
+    class_dropout_prob: float | None = HfArg(
+        default=None, help="Share of samples without class, 0.1 (RQ-Transformer: 0); 0: no guidance."
+    )
+    embedding_dropout: float | None = HfArg(default=None, help="Dropout of the input tokens, 0.1 (RQ-Transformer: 0).")
+    residual_dropout: float | None = HfArg(
+        default=None, help="Dropout of the attention output (RQ-Transformer: and of the MLP's), 0.1."
+    )
+    mlp_dropout: float | None = HfArg(default=None, help="Dropout of the MLP output, 0.1.")
+    drop_path_rate: float | None = HfArg(default=None, help="Stochastic depth of the last layer, 0.")
+    initializer_range: float | None = HfArg(default=None, help="Standard deviation of the initial weights, 0.02.")
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] = HfArg(
         default="sdpa", help="How attention is computed while training; `eager` is fast for a compiled small grid."
     )
 
     learning_rate: float | None = HfArg(
-        default=None, help="Peak learning rate; default: the paper's 1e-4 per 256 samples of one optimizer step."
+        default=None,
+        help="Peak; default: the paper's, 1e-4 per 256 samples of one optimizer step (RQ-Transformer: 5e-4).",
     )
-    weight_decay: float = HfArg(default=0.05, help="Of matrices; biases and gains do not decay.")
+    weight_decay: float | None = HfArg(
+        default=None, help="Of matrices, 0.05 (RQ-Transformer: 1e-4); biases and gains do not decay."
+    )
+    soft_code_temperature: float | None = HfArg(
+        default=None,
+        help="With --dataset_name: learn a distribution over the codes, the nearer the likelier; 0.5 in the paper.",
+    )
+    stochastic_codes: bool = HfArg(default=True, help="With soft targets: the model reads codes drawn from them.")
     guidance_scale: float = HfArg(default=2.0, help="Of the sample grids, and the default of the saved pipeline.")
     temperature: float = HfArg(default=1.0, help="Likewise; the paper's is 0.1 for pictures of text.")
     num_samples: int = HfArg(default=16, help="Pictures of a sample grid; their seeds are always the same.")
@@ -106,30 +114,43 @@ class DnDArguments(RunArguments):
             raise ValueError(f"--temperature must be positive, got {self.temperature}.")
         if self.num_samples < 1:
             raise ValueError(f"--num_samples must be positive, got {self.num_samples}.")
+        if self.soft_code_temperature is not None and self.codes_dir is not None:
+            raise ValueError("--soft_code_temperature goes with --dataset_name: stored codes have no distances.")
+        if self.soft_code_temperature is not None and self.soft_code_temperature <= 0:
+            raise ValueError(f"--soft_code_temperature must be positive, got {self.soft_code_temperature}.")
+        self._complete()
 
-    def make_transformer(self, vae: RQVAE, grid_size: tuple[int, int], class_names: list[str]) -> DnDForImageGeneration:
+    def _complete(self) -> None:
+        """Fills in the defaults of the architecture."""
+        architecture = ARCHITECTURES[self.architecture]
+        self.size = self.size or architecture.default_size
+        if self.size not in architecture.sizes:
+            raise ValueError(f"--size of {self.architecture} must be one of {', '.join(architecture.sizes)}.")
+        if self.weight_decay is None:
+            self.weight_decay = architecture.weight_decay
+        for name in sorted(OPTIONS):
+            if name not in architecture.options and getattr(self, name) is not None:
+                raise ValueError(f"--{name} is no option of --architecture {self.architecture}.")
+            if name in architecture.options and getattr(self, name) is None:
+                setattr(self, name, architecture.options[name])
+
+    def make_transformer(self, vae: RQVAE, grid_size: tuple[int, int], class_names: list[str]) -> PreTrainedModel:
         """The transformer to train: new, or `pretrained_transformer`."""
+        architecture = ARCHITECTURES[self.architecture]
         if self.pretrained_transformer:
-            model = DnDForImageGeneration.from_pretrained(self.pretrained_transformer, dtype=torch.float32)
+            found = AutoConfig.from_pretrained(self.pretrained_transformer).model_type
+            if found != self.architecture:
+                raise ValueError(f"{self.pretrained_transformer} is of --architecture {found}.")
+            model = architecture.model_class.from_pretrained(self.pretrained_transformer, dtype=torch.float32)
             if tuple(model.config.grid_size) != grid_size or model.config.num_classes != len(class_names):
                 raise ValueError(
                     f"the data has a grid of {grid_size} and {len(class_names)} classes; {self.pretrained_transformer}"
                     f" was made for {tuple(model.config.grid_size)} and {model.config.num_classes}."
                 )
             return model
-        options = {name: getattr(self, name) for name in SHAPE_OPTIONS if getattr(self, name) is not None}
-        config = DnDConfig.from_size(
-            self.size,
-            vocab_size=vae.config.num_vq_embeddings,
-            grid_size=grid_size,
-            code_depth=vae.config.code_depth,
-            num_classes=len(class_names),
-            id2label=dict(enumerate(class_names)),
-            **options,
-        )
-        if config.prediction_layers[-1] != config.num_hidden_layers - 1:
-            raise ValueError("the last of --prediction_layers must be the last layer; layers above it learn nothing.")
-        return DnDForImageGeneration(config)
+        names = dict(num_classes=len(class_names), id2label=dict(enumerate(class_names)))
+        options = {name: getattr(self, name) for name in architecture.options}
+        return architecture.make(self.size, options, vae, grid_size=grid_size, **names)
 
 
 class DnDTraining(TrainingRun):
@@ -165,7 +186,8 @@ class DnDTraining(TrainingRun):
         transformer.set_attn_implementation(args.attn_implementation)
         if args.torch_compile:
             transformer.compile()
-        learning_rate = args.learning_rate or 1e-4 * environment.samples_per_step / 256
+        paper_rate = ARCHITECTURES[args.architecture].learning_rate(environment.samples_per_step)
+        learning_rate = args.learning_rate or paper_rate
         groups = weight_decay_groups(transformer, args.weight_decay)
         super().__init__(
             environment,
@@ -189,10 +211,19 @@ class DnDTraining(TrainingRun):
         with torch.no_grad():
             return self.vae.encode(batch["pixel_values"]).codes
 
+    def codes_and_targets_of(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+        """The codes that the model reads in training, and what it learns to predict, as arguments of `forward`."""
+        if self.args.soft_code_temperature is None:
+            codes = self.codes_of(batch)
+            return codes, {"labels": codes}
+        settings = (self.args.soft_code_temperature, self.args.stochastic_codes)
+        codes, soft_targets = soft_codes(self.vae, batch["pixel_values"], *settings)
+        return codes, {"soft_targets": soft_targets}
+
     def train_step(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         with self.accelerator.accumulate(self.wrapped_model):
-            codes = self.codes_of(batch)
-            output = self.wrapped_model(class_labels=batch["labels"], codes=codes, labels=codes, output_logits=False)
+            codes, targets = self.codes_and_targets_of(batch)
+            output = self.wrapped_model(class_labels=batch["labels"], codes=codes, output_logits=False, **targets)
             self.accelerator.backward(output.loss)
             metrics = self.clip_gradients()
             self.optimizer.step()
@@ -200,7 +231,7 @@ class DnDTraining(TrainingRun):
         depth_losses = {f"loss_depth_{k}": loss for k, loss in enumerate(output.depth_losses, start=1)}
         return {"loss": output.loss, **depth_losses, **metrics}
 
-    def validate(self, model: DnDForImageGeneration, step: int) -> dict[str, float]:
+    def validate(self, model: PreTrainedModel, step: int) -> dict[str, float]:
         accelerator, num_samples = self.accelerator, len(self.validation_set)
         mine = Subset(self.validation_set, range(accelerator.process_index, num_samples, accelerator.num_processes))
         total = torch.zeros(model.config.code_depth, device=accelerator.device)
@@ -214,7 +245,7 @@ class DnDTraining(TrainingRun):
             self.show(self.sample(model), round(self.args.num_samples**0.5), step)
         return {"loss": sum(losses) / len(losses)} | {f"loss_depth_{k}": v for k, v in enumerate(losses, start=1)}
 
-    def sample(self, model: DnDForImageGeneration) -> list[Image.Image]:
+    def sample(self, model: PreTrainedModel) -> list[Image.Image]:
         """The images of the sample grid: the classes in turn, always with the same seeds."""
         count, device = self.args.num_samples, self.accelerator.device
         labels = [i % len(self.class_names) for i in range(count)]
@@ -222,13 +253,13 @@ class DnDTraining(TrainingRun):
         with self.accelerator.autocast():
             return self.make_pipeline(model)(labels, generator=generators).images
 
-    def make_pipeline(self, model: DnDForImageGeneration) -> DnDPipeline:
+    def make_pipeline(self, model: PreTrainedModel) -> DnDPipeline:
         """The model with its tokenizer."""
         pipe = DnDPipeline(transformer=model, vqvae=self.vae)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def export(self, model: DnDForImageGeneration, folder: Path) -> None:
+    def export(self, model: PreTrainedModel, folder: Path) -> None:
         self.make_pipeline(model).save_pretrained(folder)
 
     def summary(self) -> dict[str, str]:

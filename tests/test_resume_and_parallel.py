@@ -33,6 +33,10 @@ TRANSFORMER = (
 SCRIPTS = {
     "train_rqvae": f"{TOKENIZER} --random_crop true --random_flip true --gradient_accumulation_steps 2",
     "train": f"{TRANSFORMER} --gradient_accumulation_steps 2 --drop_path_rate 0.1",
+    "train_rq_transformer": (
+        f"{TRANSFORMER} --architecture rq_transformer --num_depth_layers 1 --class_dropout_prob 0.1"
+        " --soft_code_temperature 0.5 --gradient_accumulation_steps 2"
+    ),
 }
 ONE = [sys.executable]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -208,7 +212,10 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(folder):
 NO_DROPOUT = "--embedding_dropout 0 --residual_dropout 0 --mlp_dropout 0 --class_dropout_prob 0"
 
 
-def test_sharded_processes_follow_one_and_resume_exactly(folder):
+@pytest.mark.parametrize(
+    "model", ["", "--architecture rq_transformer --num_depth_layers 1 --tie_prediction_heads false"]
+)
+def test_sharded_processes_follow_one_and_resume_exactly(model, folder):
     # Accelerate shards on accelerators alone: its state is told that these two processes have some.
     (folder / "sharded.py").write_text(
         "import runpy, sys\n"
@@ -218,11 +225,15 @@ def test_sharded_processes_follow_one_and_resume_exactly(folder):
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     config = yaml.safe_load((REPOSITORY / "examples" / "accelerate_configs" / "fsdp2.yaml").read_text())["fsdp_config"]
-    environment = {name.upper().replace("LAYER_CLS", "CLS"): str(value) for name, value in config.items()}
+    environment = {name.upper(): str(value) for name, value in config.items()}
     sharded = [*TWO, str(folder / "sharded.py")]
-    options = f"{TRANSFORMER} {NO_DROPOUT}"
+    dropout = NO_DROPOUT.replace("--mlp_dropout 0", "") if model else NO_DROPOUT
+    options = f"{TRANSFORMER} {dropout} {model}"
     halves = options.replace("--train_batch_size 4", "--train_batch_size 2")
     environment = ENVIRONMENT | environment | {"ACCELERATE_USE_FSDP": "true"}
+    folder = folder / f"sharded{len(model)}"
+    folder.mkdir()
+    (folder / "vqvae").symlink_to("../vqvae")
     finish(start(folder, f"{options} --output_dir whole"), folder)
     finish(start(folder, f"{halves} --output_dir shards", sharded, environment), folder)
     again = f"{halves} --output_dir shards-again --resume_from_checkpoint shards/checkpoint-9"

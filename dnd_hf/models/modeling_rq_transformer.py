@@ -119,6 +119,7 @@ class RQTransformerForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTra
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
+    _input_embed_layer = "embed_conditions"
     _no_split_modules = ["RQTransformerLayer"]
     _supports_flash_attn = True
     _supports_sdpa = True

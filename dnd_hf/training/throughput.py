@@ -10,19 +10,34 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..models.autoencoder_rqvae import RQVAE
 from ..models.configuration_dnd import DnDConfig
+from ..models.configuration_rq_transformer import RQTransformerConfig
 
 
-def transformer_training_flops(config: DnDConfig) -> int:
+def transformer_training_flops(config: DnDConfig | RQTransformerConfig) -> int:
     """Floating point operations of one training sample: forward and backward pass, nothing computed twice.
 
     6 for each weight of a matrix product and token, and `12 * layers * hidden_size * tokens` for each token's attention
     (PaLM, arXiv 2204.02311, Appendix B), which counts the masked half of the attention too.
     """
+    if isinstance(config, RQTransformerConfig):
+        return _rq_transformer_training_flops(config)
     layers, width, tokens = config.prediction_layers[-1] + 1, config.hidden_size, config.sequence_length
     attention = 2 * width * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
     weights = layers * (attention + 3 * width * config.intermediate_size)
     weights += config.code_depth * config.vocab_size * width
     return tokens * (6 * weights + 12 * layers * width * tokens)
+
+
+def _rq_transformer_training_flops(config: RQTransformerConfig) -> int:
+    width, cells, depth, prompt = config.hidden_size, config.sequence_length, config.code_depth, config.prompt_length
+    block = 4 * width**2 + 2 * width * config.intermediate_size
+    tokens = cells + max(prompt, 1) - 1
+    body = config.num_hidden_layers * tokens * (6 * block + 12 * width * tokens)
+    stack = config.num_depth_layers * cells * depth * (6 * block + 12 * width * depth)
+    heads = 6 * width * (cells * depth * config.vocab_size + max(prompt - 1, 0) * config.prompt_vocab_size)
+    # Nobody reads the last cell, or the last code of a cell; code vectors are not trained.
+    read = config.body_reads_code_vectors * (cells - 1) * depth + config.depth_reads_code_vectors * cells * (depth - 1)
+    return body + stack + heads + 4 * width * read * config.code_vector_size
 
 
 def tokenizer_training_flops(vae: RQVAE, size: tuple[int, int]) -> int:

@@ -9,7 +9,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-from dnd_hf import RQVAE, DnDForImageGeneration
+from dnd_hf import RQVAE, DnDForImageGeneration, RQTransformerForImageGeneration
 from dnd_hf.arguments import parse_arguments
 
 
@@ -92,7 +92,8 @@ def test_accelerate_reads_its_configs(path):
     else:
         assert args.mixed_precision == "bf16"
     if args.use_fsdp:
-        assert args.fsdp_transformer_layer_cls_to_wrap in DnDForImageGeneration._no_split_modules
+        assert args.fsdp_transformer_layer_cls_to_wrap is None  # accelerate takes those of either model
+        assert DnDForImageGeneration._no_split_modules and RQTransformerForImageGeneration._no_split_modules
 
 
 def test_the_words_model_is_the_bundled_one():

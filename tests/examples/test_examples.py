@@ -236,6 +236,11 @@ def test_generate_makes_each_picture_from_its_own_seed(folder, pipeline):
     [
         ("train_rqvae.py", "", "--dataset_name is needed"),
         ("train.py", "--codes_dir codes --dataset_name words", "either --codes_dir or --dataset_name"),
+        ("train.py", "--codes_dir c --architecture rq_transformer --size B", "must be one of 355M, 480M"),
+        ("train.py", "--codes_dir c --architecture rq_transformer --mlp_dropout 0", "--mlp_dropout is no option of"),
+        ("train.py", "--codes_dir c --num_depth_layers 2", "--num_depth_layers is no option of --architecture dnd"),
+        ("train.py", "--codes_dir c --soft_code_temperature 0.5", "stored codes have no distances"),
+        ("train.py", "--dataset_name words --vqvae v --soft_code_temperature 0", "must be positive"),
         ("extract_codes.py", "--dataset_name words", "--vqvae is needed"),
         ("generate.py", "--batch_size 0", "--batch_size must be positive"),
         ("generate.py", "--model nowhere --top_p 2", "--top_p must be within (0, 1]"),

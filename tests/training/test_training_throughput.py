@@ -22,6 +22,28 @@ def test_the_transformers_operations(overrides, make_model, make_inputs):
     assert 3 * transformer_training_flops(model.config) == counter.get_total_flops()
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"prompt_length": 4, "prompt_vocab_size": 7, "depth_reads_code_vectors": False},
+        {
+            "body_reads_code_vectors": False,
+            "tie_prediction_heads": False,
+            "num_depth_layers": 1,
+            "intermediate_size": 8,
+        },
+    ],
+)
+def test_the_rq_transformers_operations(overrides, make_rq_model, make_rq_inputs):
+    model = make_rq_model(**overrides).train()
+    model.set_attn_implementation("eager")
+    conditions, codes = make_rq_inputs(model, batch=3)
+    with FlopCounterMode(display=False) as counter:
+        model(conditions, codes, labels=codes).loss.backward()
+    assert 3 * transformer_training_flops(model.config) == counter.get_total_flops()
+
+
 def test_the_tokenizers_operations(make_vae):
     # Without attention, whose kernel for CPUs the counter does not know.
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
