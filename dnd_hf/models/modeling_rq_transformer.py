@@ -389,11 +389,12 @@ class RQTransformerForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTra
         self.code_vectors.copy_(codebooks.detach())
 
     def check_code_vectors(self, codebooks: Tensor) -> None:
-        """Raises ValueError unless the tokenizer's code vectors are those that the model keeps, in its precision."""
+        """Raises ValueError unless the tokenizer's code vectors are those that the model keeps, up to the rounding of
+        the precision that it is, or was once stored, in."""
         if not self.config.reads_code_vectors or self.code_vectors.is_meta or codebooks.is_meta:
             return
-        theirs = codebooks.to(self.code_vectors)
-        if not torch.equal(theirs, self.code_vectors):
+        roundings = (codebooks.to(dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16))
+        if not any(torch.equal(theirs.to(self.code_vectors), self.code_vectors) for theirs in roundings):
             raise ValueError(
                 "`vqvae` must have the code vectors that `transformer` keeps (see `set_code_vectors`), it has others."
             )

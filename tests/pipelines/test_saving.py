@@ -28,6 +28,12 @@ def codes_of(pipe, class_labels, *seeds) -> torch.Tensor:
     return pipe(class_labels, generator=generators(*seeds), output_type="codes").images
 
 
+@pytest.fixture(params=["make_pipeline", "make_rq_pipeline"])
+def pipe(request) -> DnDPipeline:
+    """A pipeline of each architecture."""
+    return request.getfixturevalue(request.param)()
+
+
 def test_a_saved_pipeline_is_safetensors_json_and_code(make_pipeline, tmp_path):
     make_pipeline().save_pretrained(tmp_path)
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
@@ -147,14 +153,9 @@ def run_without_dnd_hf(program: str, folder: Path, *arguments: object) -> subpro
     return done
 
 
-@pytest.fixture(params=["make_pipeline", "make_rq_pipeline"])
-def pipe(request) -> DnDPipeline:
-    """A pipeline of each architecture."""
-    return request.getfixturevalue(request.param)()
-
-
 def test_it_loads_and_is_saved_again_by_its_own_code_where_dnd_hf_is_not_installed(pipe, tmp_path):
-    pipe.save_pretrained(tmp_path / "a")
+    pipe.to(torch.float16).save_pretrained(tmp_path / "a")
+    pipe = DnDPipeline.from_pretrained(tmp_path / "a")
     program = """
         def show(pipe):
             images = codes_of(pipe)
@@ -163,7 +164,8 @@ def test_it_loads_and_is_saved_again_by_its_own_code_where_dnd_hf_is_not_install
             assert not any(one.__module__.startswith("dnd_hf") for one in classes)
             pictures = pipe.vqvae.decode_codes(images).sample
             assert pictures.shape == (2, 3, 4, 6)
-            assert pipe.vqvae.quantizer.codebooks.dtype == torch.float32
+            for model in (pipe.transformer, pipe.vqvae):
+                assert {weight.dtype for weight in model.state_dict().values()} <= {torch.float32, torch.int64}
             return images.tolist()
 
         pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
@@ -179,7 +181,7 @@ def test_it_loads_and_is_saved_again_by_its_own_code_where_dnd_hf_is_not_install
     loaded = DnDPipeline.from_pretrained(tmp_path / "b")  # and back here, where it is installed
     assert type(loaded.transformer) is type(pipe.transformer)
     assert torch.equal(codes_of(loaded, ["tench", 2], 1, 2), codes_of(pipe, ["tench", 2], 1, 2))
-    for file in (tmp_path / "a").rglob("*.*"):
+    for file in (tmp_path / "a").rglob("*.py"):
         assert (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes() == file.read_bytes()
 
 
@@ -250,8 +252,8 @@ def by_remote_code(folder: Path, **options) -> DiffusionPipeline:
 
 @pytest.mark.parametrize("load", [DnDPipeline.from_pretrained, by_remote_code], ids=["ours", "diffusers"])
 @pytest.mark.parametrize("option", ["dtype", "torch_dtype"])
-def test_models_are_float32_unless_a_dtype_is_asked_for(option, load, make_pipeline, tmp_path):
-    pipe = make_pipeline().to(torch.float16)
+def test_models_are_float32_unless_a_dtype_is_asked_for(option, load, pipe, tmp_path):
+    pipe.to(torch.float16)
     codebooks = pipe.vqvae.quantizer.codebooks
     assert pipe.transformer.dtype == pipe.vqvae.dtype == torch.float16
     pipe.save_pretrained(tmp_path)
@@ -262,9 +264,9 @@ def test_models_are_float32_unless_a_dtype_is_asked_for(option, load, make_pipel
         assert {parameter.dtype for parameter in parameters} == {expected}
         assert loaded.vqvae.quantizer.codebooks.dtype == torch.float32
         assert torch.equal(loaded.vqvae.quantizer.codebooks, codebooks)
-        loaded.set_progress_bar_config(disable=True)
-        images = loaded([0], output_type="np").images
-        assert np.isfinite(images).all()
+        ours = DnDPipeline.from_pretrained(tmp_path, **choice)
+        assert torch.equal(codes_of(loaded, ["tench", 2], 1, 2), codes_of(ours, ["tench", 2], 1, 2))
+        assert np.isfinite(loaded([0], output_type="np").images).all()
 
 
 def make_hub_cache(folder: Path, cache: Path) -> str:
