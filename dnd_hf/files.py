@@ -99,7 +99,7 @@ def changes_of(earlier: Mapping[str, Any], settings: Mapping[str, Any]) -> list[
     earlier, settings = (json.loads(json.dumps(dict(one))) for one in (earlier, settings))
     return [
         f"{name} was {reprlib.repr(earlier.get(name))} and is {reprlib.repr(settings.get(name))}"
-        for name in settings | earlier
+        for name in {**settings, **earlier}
         if earlier.get(name) != settings.get(name)
     ]
 

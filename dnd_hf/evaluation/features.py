@@ -91,14 +91,16 @@ class GaussianStatistics:
     """Mean and covariance of features that come in batches; sums in float64, where the features are (not on mps)."""
 
     def __init__(self):
-        self.count, self.sum, self.products = 0, 0, 0
+        self.count = 0
+        self.sum: Tensor = torch.zeros(())
+        self.products: Tensor = torch.zeros(())
 
     def update(self, features: Tensor) -> None:
         """Adds features (n, dim)."""
         features = (features.cpu() if features.device.type == "mps" else features).double()
         self.count += len(features)
-        self.sum = self.sum + features.sum(0)
-        self.products = self.products + features.T @ features
+        self.sum = self.sum.to(features) + features.sum(0)
+        self.products = self.products.to(features) + features.T @ features
 
     @property
     def mean(self) -> Tensor:
@@ -158,8 +160,8 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
     for part in logits.double().log_softmax(1).tensor_split(splits):
         marginal = part.exp().mean(0, keepdim=True)
         scores.append((part.exp() * (part - marginal.log())).sum(1).mean().exp())
-    scores = torch.stack(scores)
-    return scores.mean().item(), scores.std(correction=0).item()
+    stacked = torch.stack(scores)
+    return stacked.mean().item(), stacked.std(correction=0).item()
 
 
 def precision_recall(real: Tensor, generated: Tensor, neighbours: int = NEIGHBOURS) -> tuple[float, float]:

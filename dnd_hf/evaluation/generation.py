@@ -11,7 +11,6 @@ import torch
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..figures import save_image_grid
 from ..files import write_json
@@ -27,7 +26,7 @@ from .features import (
     inception_score,
     precision_recall,
 )
-from .images import Failure, SampleImages, read_batches, to_levels
+from .images import Failure, ImageItems, SampleImages, read_batches, to_levels
 from .options import FeatureOptions, SamplesOptions, check_ranges, option
 from .reports import Report
 from .sampling import check_balance, sample_images, write_npz
@@ -100,7 +99,7 @@ def run(options: GenerationOptions) -> Report:
 def search_guidance(
     options: GenerationOptions,
     named_pipeline: tuple[str, DnDPipeline],
-    measure: Callable[[str, Dataset], dict] | None,
+    measure: Callable[[str, ImageItems], dict] | None,
     report: Report,
 ) -> dict[str, Any]:
     """The guidance of the lowest FID among those to try, as options of the pipeline's call; the same in every process.
@@ -157,7 +156,7 @@ class _Measurement:
         self.options, self.report = options, report
         self.extractor = options.load_feature_extractor()
         self.statistics: Statistics | None = None
-        dataset: Dataset | None = None
+        dataset: ImageItems | None = None
         if options.reference:
             if options.feature_model is None:
                 self.statistics = read_reference_statistics(options.reference)
@@ -178,7 +177,7 @@ class _Measurement:
         num_real_images = len(self.reference.features) if self.reference else None
         report.details |= {"features": self.extractor.name, "num_real_images": num_real_images}
 
-    def extract(self, name: str, dataset: Dataset) -> Features:
+    def extract(self, name: str, dataset: ImageItems) -> Features:
         """The features of images; broken ones go to the report."""
         options = self.options
         failures: list[Failure] = []
@@ -188,7 +187,7 @@ class _Measurement:
         self.report.add_failures(name, failures)
         return features
 
-    def __call__(self, name: str, dataset: Dataset) -> dict:
+    def __call__(self, name: str, dataset: ImageItems) -> dict:
         features = self.extract(name, dataset)
         return {
             "model": name,
@@ -198,7 +197,7 @@ class _Measurement:
 
 def extract_features(
     extractor: Callable[[Tensor], Features],
-    dataset: Dataset,
+    dataset: ImageItems,
     batch_size: int,
     failures: list[Failure],
     num_workers: int = 0,
@@ -209,7 +208,8 @@ def extract_features(
         extractor(to_levels(images).to(device))
         for _, images, _ in read_batches(dataset, batch_size, failures, num_workers, "Features")
     ]
-    logits = None if batches[0].logits is None else torch.cat([batch.logits.cpu() for batch in batches])
+    parts = [batch.logits.cpu() for batch in batches if batch.logits is not None]
+    logits = torch.cat(parts) if parts else None
     return Features(torch.cat([batch.features.cpu() for batch in batches]), logits)
 
 

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,6 +32,14 @@ class Failure:
         return asdict(self)
 
 
+class ImageItems(Protocol):
+    """Images by their indices; an item is `{"pixel_values": (3, H, W) float32 in [-1, 1], "label": int}`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict: ...
+
+
 class SampleImages(Dataset):
     """Images that some model has made: a folder of them, subfolders too, in order of their paths, or an `.npz`.
 
@@ -47,6 +56,7 @@ class SampleImages(Dataset):
 
     def __init__(self, path: str | Path, num_images: int | None = None):
         path = Path(path)
+        self.images: Any  # files, or one array
         if path.suffix == ".npz":
             arrays = np.load(path)
             self.images = arrays["arr_0"] if "arr_0" in arrays else np.zeros(0)
@@ -67,7 +77,7 @@ class SampleImages(Dataset):
     def __getitem__(self, index: int) -> dict:
         source = self.images[index]
         if isinstance(source, np.ndarray):
-            return {"pixel_values": to_pixels(source), "label": 0}
+            return {"pixel_values": to_pixels(Image.fromarray(source)), "label": 0}
         try:
             with Image.open(source) as file:
                 correct_transparency(file)
@@ -90,7 +100,7 @@ class SampleImages(Dataset):
 class _OrReason(Dataset):
     """(index, item) of `dataset`, with the reason in the place of an item that is broken."""
 
-    def __init__(self, dataset: Dataset):
+    def __init__(self, dataset: ImageItems):
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -104,7 +114,7 @@ class _OrReason(Dataset):
 
 
 def read_batches(
-    dataset: Dataset, batch_size: int, failures: list[Failure], num_workers: int = 0, description: str | None = None
+    dataset: ImageItems, batch_size: int, failures: list[Failure], num_workers: int = 0, description: str | None = None
 ) -> Iterator[tuple[list[int], Tensor, list[int]]]:
     """Indices, images `(n, 3, H, W)` in [-1, 1] and labels of each batch; broken images go to `failures`.
 

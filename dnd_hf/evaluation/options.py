@@ -92,7 +92,7 @@ class TaskOptions:
 class RealImageOptions(TaskOptions):
     """Where the real images come from."""
 
-    dataset_name: str | None = option(
+    dataset_name: str = option(
         None, "The real images: `words`, a data set on the Hub or saved, a folder, or a parquet file."
     )
     dataset_config_name: str | None = option(None, "Configuration of the data set on the Hub.")
@@ -117,7 +117,7 @@ class RealImageOptions(TaskOptions):
     def load_dataset(self, size: tuple[int, int]) -> ImageDataset:
         """The real images at (height, width); their labels stand for their texts."""
         words = self.dataset_name == "words"
-        return load_image_dataset(
+        dataset = load_image_dataset(
             self.dataset_name,
             ImageTransform(size, background=self.background),
             self.dataset_split,
@@ -127,6 +127,8 @@ class RealImageOptions(TaskOptions):
             self.num_dataset_images or (1000 if words else None),
             REAL_SEED + self.seed if words else self.seed,
         )
+        assert isinstance(dataset, ImageDataset)  # only `streaming` gives another class
+        return dataset
 
     @property
     def texts_known(self) -> bool:

@@ -3,11 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..data.images import to_images
-from .images import Failure, SampleImages, read_batches
+from .images import Failure, ImageItems, SampleImages, read_batches
 from .ocr import OCREngine, try_to_read
 from .options import OCROptions, SamplesOptions, option
 from .perplexity import LanguageModel, TextScore, perplexity, shuffle_words
@@ -45,7 +44,7 @@ def run(options: PplOCROptions) -> Report:
         language_model = LanguageModel(options.language_model, options.run_device)
         real = options.load_dataset(options.size_beside(pipelines, samples))
 
-    def measure(name: str, dataset: Dataset) -> None:
+    def measure(name: str, dataset: ImageItems) -> None:
         found = evaluate_ppl_ocr(dataset, engine, language_model, options.seed, options.batch_size, options.num_workers)
         report.add_failures(name, found.pop("failures"))
         texts.extend({"model": name, **text} for text in found.pop("texts"))
@@ -67,7 +66,7 @@ def run(options: PplOCROptions) -> Report:
 
 
 def evaluate_ppl_ocr(
-    dataset: Dataset,
+    dataset: ImageItems,
     engine: OCREngine,
     language_model: Callable[[str], TextScore],
     seed: int = 0,

@@ -8,12 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import Dataset
-
 from ..data.images import to_images
 from ..data.text import load_texts
 from .glyphs import GlyphReader
-from .images import Failure, SampleImages, read_batches
+from .images import Failure, ImageItems, SampleImages, read_batches
 from .ocr import OCREngine, try_to_read
 from .options import OCROptions, SamplesOptions, check_ranges, option
 from .reference_text import ReferenceText, compare_with_reference
@@ -60,13 +58,14 @@ def run(options: ProseOptions) -> Report:
     The main process measures; texts.jsonl has what was read from each image.
     """
     samples, pipelines = options.open_samples(), options.load_pipelines()
-    report, texts = Report(), []
+    report = Report()
+    texts: list[dict] = []
     if options.state.is_main_process:
         training_texts = [text for _, text in load_texts(options.training_text)]
         reference, reader = ReferenceText(training_texts), make_reader(options, training_texts)
         real = options.load_dataset(options.size_beside(pipelines, samples))
 
-    def measure(name: str, dataset: Dataset, **setting: Any) -> None:
+    def measure(name: str, dataset: ImageItems, **setting: Any) -> None:
         found = read_pages(dataset, reader, options.batch_size, options.num_workers)
         report.add_failures(name, found[1])
         texts.extend({"model": name, **setting, "index": index, "text": text} for index, text in found[0].items())
@@ -78,7 +77,8 @@ def run(options: ProseOptions) -> Report:
         for name, dataset in samples.items():
             measure(name, dataset)
     for name, pipeline in pipelines.items():
-        for temperature in options.temperatures or [options.temperature]:
+        temperatures: Sequence[float | None] = options.temperatures or [options.temperature]
+        for temperature in temperatures:
             setting = {} if temperature is None else {"temperature": temperature}
             label = f"{name}-{temperature}" if options.temperatures else name
             files = options.sample(label, pipeline, options.sampling | setting)
@@ -94,11 +94,12 @@ def make_reader(options: ProseOptions, texts: Iterable[str]) -> OCREngine:
     if options.ocr is not None:
         return options.load_engine(options.ocr)
     characters = "".join(sorted({character for text in texts for character in text if not character.isspace()}))
-    return GlyphReader(characters, options.font, options.font_size, tuple(options.cell_size))
+    height, width = options.cell_size
+    return GlyphReader(characters, options.font, options.font_size, (height, width))
 
 
 def read_pages(
-    dataset: Dataset, reader: OCREngine, batch_size: int = 32, num_workers: int = 0
+    dataset: ImageItems, reader: OCREngine, batch_size: int = 32, num_workers: int = 0
 ) -> tuple[dict[int, str], Sequence[Failure]]:
     """The texts of images by their indices; images that are broken or that the reader fails at are failures.
 
@@ -118,8 +119,8 @@ def read_pages(
     for indices, images, _ in read_batches(dataset, batch_size, failures, num_workers, "Reading"):
         for index, image in zip(indices, to_images(images), strict=True):
             text, reason = try_to_read(reader, image)
-            if reason:
-                failures.append(Failure(index, "OCR", reason))
+            if text is None:
+                failures.append(Failure(index, "OCR", reason or "it has no text"))
             else:
                 texts[index] = text
     return texts, failures

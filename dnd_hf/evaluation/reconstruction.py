@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import Dataset
 
 from ..figures import plot_codes, plot_curves
 from ..models.autoencoder_rqvae import RQVAE
@@ -16,7 +15,7 @@ from ..ops.perceptual_loss import PerceptualLoss
 from .code_usage import code_statistics, information_compression_ratio
 from .features import GaussianStatistics, frechet_distance
 from .image_quality import import_ssim, psnr, ssim
-from .images import Failure, read_batches, to_levels
+from .images import Failure, ImageItems, read_batches, to_levels
 from .options import FeatureOptions, option
 from .reports import Report
 from .tokenizers import TokenizerOptions, check_depths
@@ -89,7 +88,7 @@ def _load(wanted: bool | None, load: Callable, metric: str, report: Report) -> A
 @torch.inference_mode()
 def evaluate_reconstruction(
     vae: RQVAE,
-    dataset: Dataset,
+    dataset: ImageItems,
     depths: Sequence[int] | None = None,
     batch_size: int = 32,
     perceptual_loss: Callable | None = None,

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch.utils.data import Dataset
 
 from ..data.images import to_images
 from ..figures import plot_curves
 from ..models.autoencoder_rqvae import RQVAE
-from .images import Failure, read_batches
+from .images import Failure, ImageItems, read_batches
 from .ocr import OCR_ENGINES, OCREngine, try_to_read
 from .options import OCROptions, option
 from .reports import Report, write_json_lines
@@ -76,7 +75,7 @@ def run(options: ROCROptions) -> Report:
 @torch.inference_mode()
 def evaluate_rocr(
     vae: RQVAE,
-    dataset: Dataset,
+    dataset: ImageItems,
     engine: OCREngine,
     label_texts: Sequence[str] | None = None,
     depths: Sequence[int] | None = None,

@@ -4,6 +4,7 @@ import hashlib
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ def sample_images(
     num_images: int,
     seed: int = 0,
     batch_size: int = 32,
-    sampling: Mapping[str, object] | None = None,
+    sampling: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Makes `000000.png`, `000001.png`, ... in a folder, where they are not there already.
 
@@ -70,12 +71,13 @@ def sample_images(
     num_classes = check_balance(pipeline, num_images)
     if seed < 0 or batch_size < 1:
         raise ValueError(f"the seed must not be negative and the batch size be positive, got {seed} and {batch_size}.")
-    sampling, folder = dict(sampling or {}), Path(folder)
+    options: dict[str, Any] = dict(sampling or {})
+    folder = Path(folder)
     settings = {
         "weights": fingerprint(pipeline),
         "dtype": str(pipeline.transformer.dtype),
         "seed": seed,
-        "sampling": sampling,
+        "sampling": options,
         "checkpoint_sampling": pipeline.transformer.generation_config.to_diff_dict(),
     }
     settings["checkpoint_sampling"].pop("transformers_version", None)
@@ -90,7 +92,8 @@ def sample_images(
         for start in range(0, len(mine), batch_size):
             batch = mine[start : start + batch_size]
             generators = [torch.Generator().manual_seed(seed + i) for i in batch]
-            images = pipeline([i % num_classes for i in batch], generator=generators, **sampling).images
+            labels = [i % num_classes for i in batch]
+            (images,) = pipeline(labels, generator=generators, **options, return_dict=False)
             for i, image in zip(batch, images, strict=True):
                 with written_whole(files[i]) as unfinished:
                     image.save(unfinished, format="PNG")
