@@ -192,11 +192,9 @@ def load_weights(
         "surplus keys": weights.keys() - expected.keys(),
         "other shapes": {k for k in expected.keys() & weights.keys() if expected[k].shape != weights[k].shape},
     }
-    problems = {
-        what: sorted({checkpoint.official_name(key) for key in keys}) for what, keys in problems.items() if keys
-    }
-    if problems:
-        found = "; ".join(f"{what}: {listed(names)}" for what, names in problems.items())
+    named = {what: sorted({checkpoint.official_name(key) for key in keys}) for what, keys in problems.items() if keys}
+    if named:
+        found = "; ".join(f"{what}: {listed(names)}" for what, names in named.items())
         raise ValueError(f"{checkpoint.path} must have the weights that its sizes ask for and no others, got {found}.")
     for name, weight in weights.items():
         if name.startswith("quantizer."):

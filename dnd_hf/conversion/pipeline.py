@@ -125,7 +125,9 @@ def export_original(folder: str | os.PathLike, output_dir: str | os.PathLike) ->
     Raises:
         ValueError: the folder holds no such model, or one that the official code cannot compute.
     """
-    folder, contents, vae_config = Path(folder), {}, None
+    folder = Path(folder)
+    contents: dict[str, Any] = {}
+    vae_config = None
     is_pipeline = (folder / DnDPipeline.config_name).is_file()
     for part in (folder / "vqvae", folder / "transformer") if is_pipeline else (folder,):
         if not (part / "config.json").is_file():

@@ -20,6 +20,7 @@ from ..models.modeling_rq_transformer import RQTransformerForImageGeneration
 from .checkpoint_file import (
     Checkpoint,
     agreed,
+    as_grid,
     check_official,
     inverted,
     listed,
@@ -113,7 +114,7 @@ def convert_rq_transformer(
     model_config = _model_config(settings, config_file, vqvae, id2label)
     checkpoint.rename(RQ_TRANSFORMER_NAMES, stacked=STACKED_NAMES)
     weights = _our_weights(checkpoint, model_config)
-    if model_config.reads_code_vectors:
+    if model_config.reads_code_vectors and vqvae is not None:
         precision = next(weight.dtype for weight in weights.values() if weight.is_floating_point())
         weights["code_vectors"] = vqvae.quantizer.codebooks.detach().to(precision, copy=True)
     with torch.device("meta"):
@@ -356,10 +357,12 @@ def _original_arch(config: RQTransformerConfig) -> dict[str, Any]:
     dropouts = dict(attn_pdrop=config.attention_dropout, resid_pdrop=config.residual_dropout)
     block = dict(embed_dim=config.hidden_size, **BLOCK_FIXED, **dropouts)
     body = dict(n_head=config.num_attention_heads, gelu=names[config.hidden_act], **block)
-    head = dict(n_head=config.num_depth_attention_heads, gelu=names[config.depth_hidden_act], **block)
+    head = dict(
+        n_head=config.num_depth_attention_heads, gelu=names[config.depth_hidden_act or config.hidden_act], **block
+    )
     return dict(
         **ARCH_FIXED,
-        block_size=[*config.grid_size, config.code_depth],
+        block_size=[*as_grid(config.grid_size), config.code_depth],
         vocab_size=config.vocab_size,
         embed_dim=config.hidden_size,
         input_embed_dim=config.code_vector_size,

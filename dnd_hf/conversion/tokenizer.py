@@ -122,7 +122,7 @@ def _convert_rqvae(
         grids = {"the transformer, or `grid_size`": as_grid(grid_size), str(config_file): tuple(code_shape[:2])}
         agreed("The code grid", grids)
 
-    codebooks = {stacked: [] for stacked in CODEBOOK_NAMES.values()}
+    codebooks: dict[str, list[Tensor]] = {stacked: [] for stacked in CODEBOOK_NAMES.values()}
     for suffix, stacked in CODEBOOK_NAMES.items():
         for k in range(depth):
             checkpoint.shape(f"quantizer.codebooks.{k}.{suffix}", 1 if suffix == "cluster_size_ema" else 2)

@@ -118,6 +118,7 @@ def read_transformer(path: str | os.PathLike, use_ema: bool) -> Checkpoint:
 def agreed_grid(checkpoint: Checkpoint, grid_size: int | Sequence[int] | None) -> tuple[int, int] | None:
     """(height, width) of the code grid as given or as the file tells, which must agree; None where neither does."""
     rotary_shape = checkpoint.rotary_shape
+    grid: tuple[int, int] | None
     if grid_size is not None:
         grid = as_grid(grid_size)
     else:
@@ -245,8 +246,9 @@ def _heads_are_tied(checkpoint: Checkpoint, depth: int) -> bool:
     said = checkpoint.argument("share_prediction_heads", bool, int)
     if depth == 1 or said == 0:
         return False
-    heads = [checkpoint.tensors.get(f"heads.{k}.weight") for k in range(depth)]
-    equal = all(head is not None and torch.equal(head, heads[0]) for head in heads)
+    names = [f"heads.{k}.weight" for k in range(depth)]
+    heads = [checkpoint.tensors[name] for name in names if name in checkpoint.tensors]
+    equal = len(heads) == depth and all(torch.equal(head, heads[0]) for head in heads)
     if said and not equal:
         raise ValueError("`output.*` must be equal as `args.share_prediction_heads` is set, they are not.")
     return equal

@@ -210,9 +210,11 @@ class CodesDataset(torch.utils.data.Dataset):
         if "codes" not in rows.column_names:
             raise ValueError(f"{path} is a data set without a column of codes.")
         self.class_names = rows.features["label"].names
-        feature, self.shape = rows.features["codes"], ()
+        feature, shape = rows.features["codes"], []
         while isinstance(feature, List):
-            feature, self.shape = feature.feature, (*self.shape, feature.length)
+            shape.append(feature.length)
+            feature = feature.feature
+        self.shape = tuple(shape)
         # Each image has equally many rows, one behind the other; numbers are missing where images were broken.
         images = rows.select_columns("image_index")
         first = images[0]["image_index"]

@@ -47,7 +47,7 @@ SPLIT_FOLDERS = {
 def list_files(folder: str | os.PathLike) -> list[str]:
     """Paths of all files below a folder, relative to it, sorted, without names that begin with a dot."""
     files = []
-    for root, subfolders, names in os.walk(folder, followlinks=True):
+    for root, subfolders, names in os.walk(os.fspath(folder), followlinks=True):
         here = Path(root).resolve()
         subfolders[:] = [  # a link to a folder that it lies in would never end
             name

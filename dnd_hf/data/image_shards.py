@@ -219,7 +219,7 @@ class ImageShards:
             raise ValueError(f"there is nothing to make an image of; left out: {dict(total.left_out)}{total.broken}.")
         total.broken.sort(key=lambda source: source["name"])
         total.left_out = Counter(dict(sorted(total.left_out.items())))
-        for leftover in (self.unfinished / "train").glob(".*.unfinished"):  # of processes that were killed
+        for leftover in self.unfinished.glob("*/.*.unfinished"):  # of processes that were killed
             remove(leftover)
         write_json(self.path / "report.json", vars(total))
         if self.output_format == "imagefolder":
@@ -255,14 +255,14 @@ class ShardArguments:
         settings = asdict(self) | digests
         for name in ("output_dir", "num_processes"):
             del settings[name]
-        return ImageShards(self.output_dir, maker, settings, self.output_format)
+        return ImageShards(str(self.output_dir), maker, settings, self.output_format)
 
 
 def _end_with_parent() -> None:
     """Lets a process of the pool end when the one that started it is killed; by itself it would wait forever."""
 
-    def watch():
-        multiprocessing.parent_process().join()
+    def watch(parent: Any) -> None:
+        parent.join()
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, args=(multiprocessing.parent_process(),), daemon=True).start()

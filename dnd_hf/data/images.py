@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import chain, islice
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import fsspec
 import numpy as np
@@ -260,6 +260,14 @@ class ImageStream(ImageSource):
         return islice(enumerate(items, part << 32), first, None)
 
 
+class SizedDataset(Protocol):
+    """A map-style dataset with a length, which PyTorch's `Dataset` does not promise."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict: ...
+
+
 class ReplaceBrokenImages(torch.utils.data.Dataset):
     """An [`ImageDataset`], or part of one, with the next image in the place of each that is broken.
 
@@ -275,7 +283,7 @@ class ReplaceBrokenImages(torch.utils.data.Dataset):
         RuntimeError: while reading, once more than this share has turned out to be broken.
     """
 
-    def __init__(self, dataset: torch.utils.data.Dataset, max_broken_share: float, num_images: int | None = None):
+    def __init__(self, dataset: SizedDataset, max_broken_share: float, num_images: int | None = None):
         self.dataset, self.max_broken_share, self.num_images = dataset, max_broken_share, num_images or len(dataset)
         self.broken = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
 

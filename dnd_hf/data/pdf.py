@@ -213,7 +213,7 @@ def text_inside(characters: list[str], boxes: np.ndarray, place: tuple[int, int,
         place: left, top, right, bottom, pixels.
     """
     left, top, right, bottom = place
-    inside = (boxes[:, :2] >= (left, top)).all(1) & (boxes[:, 2:] <= (right, bottom)).all(1)
+    inside = np.all(boxes[:, :2] >= (left, top), axis=1) & np.all(boxes[:, 2:] <= (right, bottom), axis=1)
     text, gap = "", ""
     for character, is_inside in zip(characters, inside.tolist()):
         if character.isspace():

@@ -72,20 +72,12 @@ def load_image_dataset(
         class_names, labels = _classes(name, source, label_column, streaming)
     source = source.select_columns([column for column in (image_column, label_column) if column])
     source = source.cast_column(image_column, datasets.Image(decode=False))
-    described = dict(
-        class_names=class_names,
-        image_column=image_column,
-        label_column=label_column,
-        labels=labels,
-        skipped=count_kinds(skipped),
-    )
-    if streaming:
-        return ImageStream(source, transform, **described)
+    image_dataset = ImageStream if streaming else ImageDataset
     if num_images is not None:
         if num_images > len(source):
             raise ValueError(f"{name} has {len(source)} images in {split!r}, fewer than the {num_images} asked for.")
         source = source.shuffle(seed=seed).select(range(num_images))
-    return ImageDataset(source, transform, **described)
+    return image_dataset(source, transform, class_names, image_column, label_column, labels, count_kinds(skipped))
 
 
 def _open(

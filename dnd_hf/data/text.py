@@ -191,7 +191,8 @@ class TextImages:
         """The lines of an image that begins with the first of these words; [] where that is larger than a line."""
         room, line_height = self.width - 2 * self.margin, self._line_height(face)
         num_lines = 1 + int((self.height - 2 * self.margin - line_height) / (line_height * self.line_spacing))
-        lines, start = [], 0
+        lines: list[str] = []
+        start = 0
         while len(lines) < num_lines and start < min(len(words), self.max_words):
             end, length = start, 0.0
             for word in words[start : self.max_words]:

@@ -84,7 +84,7 @@ def _font(face: str, cap_height: int) -> ImageFont.FreeTypeFont:
 def _letter(letter: str, face: str, cap_height: int, cell: int) -> tuple[Image.Image, int]:
     """Mask of a letter (mode "L", 255 is ink) in the middle of `PITCH` cells, and the row in it of the baseline."""
     font = _font(face, cap_height)
-    left, top, right, bottom = font.getbbox(letter, anchor="ls")
+    left, top, right, bottom = map(round, font.getbbox(letter, anchor="ls"))
     mask = Image.new("L", (max(1, right - left), max(1, bottom - top)))
     ImageDraw.Draw(mask).text((-left, -top), letter, fill=255, font=font, anchor="ls")
     width = min(mask.width, round((PITCH - _GAP) * cell))
@@ -126,9 +126,9 @@ def render_word(word: str, rng: np.random.Generator, height: int = 32, width: in
     _check_size(height, width)
     if len(word) > width // PITCH:
         raise ValueError(f"word has {len(word)} letters; {width} pixels are too narrow for more than {width // PITCH}")
-    face, cap_height, baseline, tilt, ink, paper = (
-        values[rng.integers(len(values))] for values in (FONT_FACES, CAP_HEIGHTS, BASELINES, TILTS, INKS, PAPERS)
-    )
+    face = FONT_FACES[rng.integers(len(FONT_FACES))]
+    cap_height, baseline, tilt = (numbers[rng.integers(len(numbers))] for numbers in (CAP_HEIGHTS, BASELINES, TILTS))
+    ink, paper = (colours[rng.integers(len(colours))] for colours in (INKS, PAPERS))
     cell = max(1, min(height // CELLS, width // (PITCH * len(word))))
     large = cell * _OVERSAMPLING
     letters = [_letter(letter, face, round(cap_height * large), large) for letter in word]

@@ -181,6 +181,7 @@ def test_two_processes_that_were_killed_leave_the_same_files_as_one_that_was_not
 
     written[0].unlink()  # as if the kill had come after the images of a shard and before its note
     train = notes.parent / "train"
+    (notes.parent / "metadata" / ".000001.0123.unfinished").write_text('{"file_name": "000')
     whole = [path for path in train.iterdir() if not path.name.startswith(".")]
     kept = {path.name: path.stat().st_ino for path in whole if path.stem != written[0].stem}
     assert len(kept) >= 2 and list(train.glob(".000003*.unfinished"))
