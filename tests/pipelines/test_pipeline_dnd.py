@@ -231,8 +231,9 @@ def offload_layer_by_layer(pipe):
 
 
 @pytest.mark.parametrize("offload", [lambda pipe: pipe.enable_model_cpu_offload(device="cpu"), offload_layer_by_layer])
-def test_offloaded_models_make_the_same_codes_and_images(offload, make_pipeline):
-    pipe = make_pipeline()
+@pytest.mark.parametrize("architecture", ["make_pipeline", "make_rq_pipeline"])
+def test_offloaded_models_make_the_same_codes_and_images(offload, architecture, request):
+    pipe = request.getfixturevalue(architecture)()
     codes, image = (pipe(1, generator=generators(0), output_type=kind).images for kind in ("codes", "pt"))
     offload(pipe)
     for _ in range(2):

@@ -75,6 +75,28 @@ def test_a_saved_pipeline_loads_without_trust_and_never_runs_the_code_in_the_fol
     assert_same(DnDPipeline.from_pretrained(str(tmp_path)), pipe)
 
 
+@pytest.mark.parametrize(
+    ("component", "entry"),
+    [
+        ("transformer", ["modeling_dnd", "DnDForImageGeneration"]),
+        ("tokenizer", ["evil", "Tokenizer"]),
+        ("another", ["evil", "Model"]),
+    ],
+)
+def test_no_file_of_a_folder_is_run_whatever_its_name_and_index(component, entry, make_pipeline, tmp_path):
+    make_pipeline().save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, component: entry}))
+    (tmp_path / component).mkdir(exist_ok=True)
+    for name in (entry[0], f"dnd_hf.models.{entry[0]}"):  # also by the name under which the package has its module
+        (tmp_path / component / f"{name}.py").write_text("raise RuntimeError('this code must not run')")
+    if component == "another":  # which a pipeline does not have
+        assert type(DnDPipeline.from_pretrained(tmp_path)) is DnDPipeline
+    else:
+        with pytest.raises(ValueError, match="Pass `trust_remote_code=True`"):
+            DnDPipeline.from_pretrained(tmp_path)
+
+
 def test_diffusion_pipeline_loads_it_with_trust_alone(make_pipeline, tmp_path):
     pipe = make_pipeline()
     pipe.save_pretrained(tmp_path)
