@@ -43,21 +43,18 @@ def test_words_is_weights_and_json():
     assert suffixes == {".json", ".safetensors"}
 
 
-@pytest.mark.parametrize("cls", ["DnDPipeline", "DiffusionPipeline"])
-def test_words_loads_in_a_new_process_also_by_diffusers_and_from_the_installed_package(cls):
+def test_words_loads_in_a_new_process_by_diffusers_with_the_installed_package():
     program = """
-        import sys
-
         from diffusers import DiffusionPipeline
 
         from dnd_hf import DnDPipeline, bundled_checkpoint
 
         folder = bundled_checkpoint("words")
-        pipe = locals()[sys.argv[1]].from_pretrained(folder, trust_remote_code=True)
+        pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
         assert type(pipe) is DnDPipeline
         assert {str(model.dtype) for model in (pipe.transformer, pipe.vqvae)} == {"torch.float32"}
     """
-    done = subprocess.run([sys.executable, "-c", dedent(program), cls], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", dedent(program)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 

@@ -5,7 +5,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from dnd_hf import RQVAE, DnDForImageGeneration, DnDPipeline
+from dnd_hf import RQVAE, DnDForImageGeneration, DnDPipeline, RQTransformerForImageGeneration
 
 
 FILES = {
@@ -61,6 +61,15 @@ def test_weights_of_another_shape_may_be_left_out_on_request_but_not_missing_one
     spoil("transformer", lambda weights, name: weights.pop(name))
     with pytest.raises(ValueError, match="is missing"):
         DnDForImageGeneration.from_pretrained(tmp_path / "transformer", ignore_mismatched_sizes=True)
+
+
+def test_the_rq_transformer_is_as_strict(make_rq_model, tmp_path):
+    make_rq_model().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["code_vectors"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="code_vectors is missing"):
+        RQTransformerForImageGeneration.from_pretrained(tmp_path)
 
 
 def test_a_long_list_of_missing_weights_is_cut(spoil, tmp_path):
