@@ -1,5 +1,8 @@
 """RQTransformerConfig: the shape of an RQ-Transformer and everything its checkpoint must remember."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from transformers import PreTrainedConfig
 
 from ..ops.number_checks import check_positive, check_share, height_width, whole_number
@@ -13,6 +16,7 @@ RQ_TRANSFORMER_SIZES = {  # arXiv 2203.01941, Table 6 and the published models; 
     "1.4B": (42, 6, 1536, 24),
     "3.8B": (42, 6, 2560, 40),
 }
+RQ_FILLED_IN: Any = None  # what may be None as an argument, and is not None in a configuration
 RQ_TRANSFORMER_ACTIVATIONS = ("gelu", "quick_gelu")
 RQ_TRANSFORMER_SWITCHES = (
     *("body_reads_code_vectors", "depth_reads_code_vectors", "sum_code_vectors"),
@@ -75,19 +79,20 @@ class RQTransformerConfig(PreTrainedConfig):
     """
 
     model_type = "rq_transformer"
+    keys_to_ignore_at_inference = ["depth_losses", "prompt_loss", "hidden_states", "attentions"]
 
     vocab_size: int = 16384
     hidden_size: int = 1536
     num_hidden_layers: int = 42
     num_depth_layers: int = 6
     num_attention_heads: int = 24
-    num_depth_attention_heads: int | None = None
-    intermediate_size: int | None = None
+    num_depth_attention_heads: int = RQ_FILLED_IN
+    intermediate_size: int = RQ_FILLED_IN
     hidden_act: str = "gelu"
-    depth_hidden_act: str | None = None
-    grid_size: tuple[int, int] | list[int] | int = (8, 8)
+    depth_hidden_act: str = RQ_FILLED_IN
+    grid_size: Sequence[int] = (8, 8)
     code_depth: int = 4
-    num_classes: int | None = None
+    num_classes: int = RQ_FILLED_IN
     class_dropout_prob: float = 0.0
     prompt_length: int = 0
     prompt_vocab_size: int = 0

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin
 from torch import Tensor, nn
 from transformers import PreTrainedModel, initialization
 from transformers.masking_utils import create_causal_mask
@@ -17,12 +16,10 @@ from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import capture_outputs
 
 from ..generation.interface import ChooseCodes, Decoder, LayerStack
-from ..generation.mixin import ImageGenerationMixin
-from ..ops.linear_cross_entropy import head_cross_entropy
-from ..ops.soft_targets import SoftTargets, check_targets
+from ..ops.soft_targets import SoftTargets
 from ..ops.tensor_checks import check_integers
 from .configuration_dnd import DnDConfig
-from .loading import LoadingMixin
+from .image_code_mixin import HeadReadings, ImageCodeMixin
 
 
 @dataclass
@@ -79,7 +76,7 @@ class DnDDecoderLayer(LlamaDecoderLayer):
         return hidden_states + self.drop_path(self.mlp_dropout(mlp))
 
 
-class DnDForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTrainedModel):
+class DnDForImageGeneration(ImageCodeMixin, PreTrainedModel):
     """DnD-Transformer (arXiv 2410.01912): a LLaMA decoder over a grid of residual codes.
 
     The sequence is the class token followed by one token a grid cell, the sum of the embeddings of its codes. At
@@ -89,17 +86,7 @@ class DnDForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTrainedModel)
     """
 
     config_class = DnDConfig
-    base_model_prefix = ""
-    main_input_name = "codes"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False
     _no_split_modules = ["DnDDecoderLayer"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
     _repeated_blocks = ["DnDDecoderLayer"]
     _can_record_outputs = {"hidden_states": DnDDecoderLayer, "attentions": LlamaAttention}
 
@@ -115,11 +102,6 @@ class DnDForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTrainedModel)
         self.heads = nn.ModuleList(
             nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             for _ in range(1 if config.tie_prediction_heads else config.code_depth)
-        )
-        self.gradient_checkpointing = False
-        guidance_scale = 2.0 if config.has_null_class else 1.0
-        self.generation_config.update(
-            do_sample=True, guidance_scale=guidance_scale, temperature=1.0, top_k=0, top_p=1.0
         )
         self.post_init()
 
@@ -160,68 +142,19 @@ class DnDForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTrainedModel)
                 assertion instead, so that no step waits for the device (see [`check_integers`]).
         """
         config = self.config
-        self._check_inputs(class_labels, codes, labels)
-        check_targets(codes, labels, soft_targets, config.vocab_size)
-        if labels is None and soft_targets is None and not output_logits:
-            raise ValueError("`output_logits=False` without `labels` leaves nothing to compute.")
-        if output_attentions and config._attn_implementation != "eager":
-            raise ValueError(
-                '`output_attentions` needs `set_attn_implementation("eager")`: no other attention has its weights.'
-            )
+        check_integers("class_labels", class_labels, config.num_classes + config.has_null_class)
+        self.check_codes(codes, labels, soft_targets)
+        if class_labels.shape != codes.shape[:1]:
+            raise ValueError(f"`class_labels` must be ({len(codes)},), got shape {tuple(class_labels.shape)}.")
+        self.check_outputs(labels is not None or soft_targets is not None, output_logits, output_attentions)
         if self.training and config.has_null_class:
             dropped = torch.rand(class_labels.shape, device=class_labels.device) < config.class_dropout_prob
             class_labels = class_labels.masked_fill(dropped, config.num_classes)
-        logits: list[Tensor] = []
-        sums: list[Tensor] = []
-        targets = None if labels is None else labels.flatten(0, 2).unbind(-1)
-
-        def predict(k: int, hidden_BLC: Tensor) -> None:
-            if output_logits:
-                logits.append(self.head(k)(hidden_BLC))
-            if soft_targets is not None:
-                sums.append(soft_targets.summed_cross_entropy(self.head(k), hidden_BLC.flatten(0, 1), k))
-            elif output_logits and targets:
-                sums.append(F.cross_entropy(logits[k].flatten(0, 1).float(), targets[k], reduction="sum"))
-            elif targets:
-                sums.append(head_cross_entropy(self.head(k), hidden_BLC.flatten(0, 1), targets[k], config.vocab_size))
-
-        self.read_by_heads(class_labels[:, None], codes, predict)
-
+        readings = HeadReadings(self, labels, soft_targets, output_logits)
+        self.read_by_heads(class_labels[:, None], codes, readings)
         output = DnDOutput()
-        if sums:
-            totals, counts = torch.stack(sums), ((codes if labels is None else labels) != -100).sum((0, 1, 2))
-            output.loss, output.depth_losses = totals.sum() / counts.sum(), totals / counts
-        if output_logits:
-            output.logits = torch.stack(logits, dim=2)
+        readings.fill(output, codes)
         return output
-
-    def _check_inputs(self, class_labels: Tensor, codes: Tensor, labels: Tensor | None) -> None:
-        config = self.config
-        check_integers("class_labels", class_labels, config.num_classes + config.has_null_class)
-        check_integers("codes", codes, config.vocab_size)
-        grid = (*config.grid_size, config.code_depth)
-        if codes.ndim != 4 or tuple(codes.shape[1:]) != grid:
-            raise ValueError(f"`codes` must be (batch, {', '.join(map(str, grid))}), got shape {tuple(codes.shape)}.")
-        if class_labels.shape != codes.shape[:1]:
-            raise ValueError(f"`class_labels` must be ({len(codes)},), got shape {tuple(class_labels.shape)}.")
-        if labels is None:
-            return
-        check_integers("labels", labels, config.vocab_size, ignored=-100)
-        if labels.shape != codes.shape:
-            raise ValueError(f"`labels` must have the shape of `codes`, got {tuple(labels.shape)}.")
-
-    def resize_token_embeddings(self, *args, **kwargs) -> None:
-        """Refused: the vocabulary is the tokenizer's codebook, whose codes an image model cannot gain or lose."""
-        raise NotImplementedError(
-            "`resize_token_embeddings` does not apply: `vocab_size` is the size of the tokenizer's codebook, and a new"
-            " codebook needs a new model."
-        )
-
-    def compile_repeated_blocks(self, *args, **kwargs) -> None:
-        """Compiles the layers alone, once for all of them, for training and `generate` (on CUDA devices also with
-        `cuda_graphs`); the name and the arguments, those of `torch.compile`, are diffusers'."""
-        ModelMixin.compile_repeated_blocks(self, *args, **kwargs)
-        self._kept_loops = None  # their graphs are of the layers as they were
 
     def read_by_heads(self, class_labels_B1: Tensor, codes: Tensor, read: Callable[[int, Tensor], None]) -> None:
         """Runs the model over whole grids and calls `read(k, hidden_BLC)` with what head k reads, normalised."""
@@ -263,10 +196,6 @@ class DnDForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTrainedModel)
     def cell_tokens(self, codes_RLD: Tensor, cells_L: Tensor) -> Tensor:
         """Codes to the tokens `(R, L, C)` of their cells, the sums of their embeddings."""
         return self.embed_tokens(codes_RLD).sum(2)
-
-    def head(self, k: int) -> nn.Module:
-        """The linear part of the head of depth k."""
-        return self.heads[0 if self.config.tie_prediction_heads else k]
 
     def run_layers(
         self,

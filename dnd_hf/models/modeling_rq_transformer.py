@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin
 from torch import Tensor, nn
 from transformers import PreTrainedModel, initialization
 from transformers.activations import ACT2FN
@@ -18,14 +17,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.opt.modeling_opt import eager_attention_forward
 from transformers.utils import ModelOutput
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..generation.interface import ChooseCodes, Decoder, LayerStack
-from ..generation.mixin import ImageGenerationMixin
-from ..ops.linear_cross_entropy import head_cross_entropy
-from ..ops.soft_targets import SoftTargets, check_targets
+from ..ops.soft_targets import SoftTargets
 from ..ops.tensor_checks import check_integers
 from .configuration_rq_transformer import RQTransformerConfig
-from .loading import LoadingMixin
+from .image_code_mixin import HeadReadings, ImageCodeMixin, summed_loss
 
 
 @dataclass
@@ -41,6 +39,10 @@ class RQTransformerOutput(ModelOutput):
         prompt_loss: scalar, the mean cross-entropy of the text tokens after the first; given `labels`, with a prompt.
         prompt_logits: `(batch, prompt_length - 1, prompt_vocab_size)`; position i holds the prediction of text token
             i + 1. None without a prompt or with `output_logits=False`.
+        hidden_states: with `output_hidden_states=True`, the input of the body and then the output of each of its
+            layers: `(batch, condition tokens + height * width - 1, hidden_size)` each.
+        attentions: with `output_attentions=True`, the weights of each layer of the body,
+            `(batch, num_attention_heads, tokens, tokens)`.
     """
 
     loss: Tensor | None = None
@@ -48,6 +50,8 @@ class RQTransformerOutput(ModelOutput):
     logits: Tensor | None = None
     prompt_loss: Tensor | None = None
     prompt_logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class RQTransformerAttention(nn.Module):
@@ -63,7 +67,9 @@ class RQTransformerAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, past_key_values=None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, past_key_values=None
+    ) -> tuple[Tensor, Tensor | None]:
         projections = (self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (
             projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for projection in projections
@@ -72,8 +78,8 @@ class RQTransformerAttention(nn.Module):
             key, value = past_key_values.update(key, value, 0)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
-        attended, _ = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling)
-        return self.o_proj(attended.flatten(2))
+        attended, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling)
+        return self.o_proj(attended.flatten(2)), weights
 
 
 class RQTransformerMLP(nn.Module):
@@ -99,12 +105,12 @@ class RQTransformerLayer(GradientCheckpointingLayer):
         self.residual_dropout = nn.Dropout(config.residual_dropout)
 
     def forward(self, hidden_states: Tensor, **attention_kwargs) -> Tensor:
-        attention = self.self_attn(self.input_layernorm(hidden_states), **attention_kwargs)
+        attention, _ = self.self_attn(self.input_layernorm(hidden_states), **attention_kwargs)
         hidden_states = hidden_states + self.residual_dropout(attention)
         return hidden_states + self.residual_dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
 
-class RQTransformerForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTrainedModel):
+class RQTransformerForImageGeneration(ImageCodeMixin, PreTrainedModel):
     """RQ-Transformer (arXiv 2203.01941, Section 3.2): one transformer over the grid, another over each cell's codes.
 
     The body reads the condition (a class or text tokens) and then one token a cell, the sum of its codes' embeddings;
@@ -114,19 +120,13 @@ class RQTransformerForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTra
     """
 
     config_class = RQTransformerConfig
-    base_model_prefix = ""
-    main_input_name = "codes"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False
     _input_embed_layer = "embed_conditions"
     _no_split_modules = ["RQTransformerLayer"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
     _repeated_blocks = ["RQTransformerLayer"]
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(RQTransformerLayer, layer_name="layers"),
+        "attentions": OutputRecorder(RQTransformerAttention, index=1, layer_name="layers"),
+    }
 
     def __init__(self, config: RQTransformerConfig):
         super().__init__(config)
@@ -146,23 +146,20 @@ class RQTransformerForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTra
             tables = 1 if config.tie_code_embeddings else depth
             self.embed_codes = nn.Embedding(tables * config.vocab_size, width)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
-        body, stack = (
-            (config.num_hidden_layers, config.num_attention_heads, config.hidden_act),
-            (config.num_depth_layers, config.num_depth_attention_heads, config.depth_hidden_act),
+        self.layers = nn.ModuleList(
+            RQTransformerLayer(config, config.num_attention_heads, config.hidden_act)
+            for _ in range(config.num_hidden_layers)
         )
-        self.layers = nn.ModuleList(RQTransformerLayer(config, *body[1:]) for _ in range(body[0]))
-        self.depth_layers = nn.ModuleList(RQTransformerLayer(config, *stack[1:]) for _ in range(stack[0]))
+        self.depth_layers = nn.ModuleList(
+            RQTransformerLayer(config, config.num_depth_attention_heads, config.depth_hidden_act)
+            for _ in range(config.num_depth_layers)
+        )
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         heads = 1 if config.tie_prediction_heads else depth
         self.heads = nn.ModuleList(nn.Linear(width, config.vocab_size) for _ in range(heads))
         if config.prompt_length:
             self.prompt_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
             self.prompt_head = nn.Linear(width, config.prompt_vocab_size)
-        self.gradient_checkpointing = False
-        guidance_scale = 2.0 if config.has_null_class else 1.0
-        self.generation_config.update(
-            do_sample=True, guidance_scale=guidance_scale, temperature=1.0, top_k=0, top_p=1.0
-        )
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -170,6 +167,7 @@ class RQTransformerForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTra
         if module is self and self.config.reads_code_vectors:
             initialization.normal_(self.code_vectors)
 
+    @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
         class_labels: Tensor,
@@ -177,6 +175,8 @@ class RQTransformerForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTra
         labels: Tensor | None = None,
         output_logits: bool = True,
         soft_targets: SoftTargets | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> RQTransformerOutput | tuple[Tensor, ...]:
         """Predicts every code, and every text token after the first, from those before it (teacher forcing).
@@ -190,58 +190,36 @@ class RQTransformerForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTra
             output_logits: False computes the loss piece by piece ([`head_cross_entropy`]), so that the logits, the
                 largest tensors of a training step, are never held as a whole.
             soft_targets: the targets as distributions over the codes, in place of `labels`.
+            output_hidden_states, output_attentions, return_dict: as in transformers; attentions need
+                `set_attn_implementation("eager")`.
 
         Raises:
             ValueError: types, shapes or ranges that do not fit each other or the configuration; neither labels nor
                 logits asked for; labels and soft targets both. On a GPU a value out of its range is CUDA's device-side
                 assertion instead, so that no step waits for the device (see [`check_integers`]).
         """
-        self._check_inputs(class_labels, codes, labels)
-        check_targets(codes, labels, soft_targets, self.config.vocab_size)
-        with_loss = labels is not None or soft_targets is not None
-        if not with_loss and not output_logits:
-            raise ValueError("`output_logits=False` without `labels` leaves nothing to compute.")
-        conditions_BT = class_labels if self.config.prompt_length else class_labels[:, None]
-        prompts = conditions_BT[:, 1:]
-        if self.training and self.config.has_null_class:
-            dropped = torch.rand(len(codes), 1, device=codes.device) < self.config.class_dropout_prob
-            conditions_BT = conditions_BT.masked_fill(dropped, self.config.num_conditions)
-            prompts = prompts.masked_fill(dropped, -100)
-        prompt_BTC, context_BLC = self.run_body(conditions_BT, codes.flatten(1, 2))
-
-        output, logits, sums = RQTransformerOutput(), [], []
-        for k, hidden_BLC in enumerate(self.run_depth(context_BLC, codes.flatten(1, 2)).unbind(2)):
-            logits.append(self.head(k)(hidden_BLC) if output_logits else None)
-            if soft_targets is not None:
-                sums.append(soft_targets.summed_cross_entropy(self.head(k), hidden_BLC.flatten(0, 1), k))
-            elif labels is not None:
-                targets = labels[..., k].flatten()
-                sums.append(_summed_loss(self.head(k), hidden_BLC, targets, self.config.vocab_size, logits[k]))
-        if with_loss:  # before the logits: the order in which fields are set is that of the tuple
-            counts = ((codes if labels is None else labels) != -100).sum((0, 1, 2))
-            sums = torch.stack(sums)
-            output.loss, output.depth_losses = sums.sum() / counts.sum(), sums / counts
-        if output_logits:
-            output.logits = torch.stack(logits, dim=2)
-        if self.config.prompt_length:
-            self._predict_prompt(output, prompt_BTC, prompts, with_loss, output_logits)
-        return output.to_tuple() if return_dict is False else output
-
-    def _check_inputs(self, class_labels: Tensor, codes: Tensor, labels: Tensor | None) -> None:
-        config = self.config
+        config, with_loss = self.config, labels is not None or soft_targets is not None
         check_integers("class_labels", class_labels, config.num_conditions + config.has_null_class)
-        check_integers("codes", codes, config.vocab_size)
-        grid = (*config.grid_size, config.code_depth)
-        if codes.ndim != 4 or tuple(codes.shape[1:]) != grid:
-            raise ValueError(f"`codes` must be (batch, {', '.join(map(str, grid))}), got shape {tuple(codes.shape)}.")
+        self.check_codes(codes, labels, soft_targets)
         expected = (len(codes), config.prompt_length) if config.prompt_length else (len(codes),)
         if tuple(class_labels.shape) != expected:
             raise ValueError(f"`class_labels` must have shape {expected}, got {tuple(class_labels.shape)}.")
-        if labels is None:
-            return
-        check_integers("labels", labels, config.vocab_size, ignored=-100)
-        if labels.shape != codes.shape:
-            raise ValueError(f"`labels` must have the shape of `codes`, got {tuple(labels.shape)}.")
+        self.check_outputs(with_loss, output_logits, output_attentions)
+        conditions_BT = class_labels if config.prompt_length else class_labels[:, None]
+        prompts = conditions_BT[:, 1:]
+        if self.training and config.has_null_class:
+            dropped = torch.rand(len(codes), 1, device=codes.device) < config.class_dropout_prob
+            conditions_BT = conditions_BT.masked_fill(dropped, config.num_conditions)
+            prompts = prompts.masked_fill(dropped, -100)
+        prompt_BTC, context_BLC = self.run_body(conditions_BT, codes.flatten(1, 2))
+
+        output, readings = RQTransformerOutput(), HeadReadings(self, labels, soft_targets, output_logits)
+        for k, hidden_BLC in enumerate(self.run_depth(context_BLC, codes.flatten(1, 2)).unbind(2)):
+            readings(k, hidden_BLC)
+        readings.fill(output, codes)
+        if config.prompt_length:
+            self._predict_prompt(output, prompt_BTC, prompts, with_loss, output_logits)
+        return output
 
     def _predict_prompt(
         self, output: RQTransformerOutput, prompt_BTC: Tensor, targets: Tensor, with_loss: bool, with_logits: bool
@@ -251,7 +229,7 @@ class RQTransformerForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTra
         hidden_BTC = self.prompt_norm(prompt_BTC)
         logits = self.prompt_head(hidden_BTC) if with_logits else None
         if with_loss:
-            total = _summed_loss(self.prompt_head, hidden_BTC, targets.flatten(), vocab_size, logits)
+            total = summed_loss(self.prompt_head, hidden_BTC, targets.flatten(), vocab_size, logits)
             output.prompt_loss = total / (targets != -100).sum().clamp(min=1)  # all may have been dropped
             output.loss = (1 - weight) * output.loss + weight * output.prompt_loss
         if with_logits:
@@ -277,10 +255,6 @@ class RQTransformerForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTra
             hidden = layer(hidden, attention_mask=mask)
         return self.norm(hidden).view_as(tokens_BLDC)
 
-    def head(self, k: int) -> nn.Linear:
-        """The output layer of depth k."""
-        return self.heads[0 if self.config.tie_prediction_heads else k]
-
     def condition_tokens(self, conditions_RT: Tensor) -> Tensor:
         """The tokens `(R, T, C)` before the grid; the last of them predicts the first cell."""
         positions = torch.arange(conditions_RT.shape[1], device=conditions_RT.device)
@@ -301,7 +275,7 @@ class RQTransformerForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTra
         vectors_RLDE = self._vectors(codes_RLD)
         return self.depth_projection(vectors_RLDE.cumsum(-2) if self.config.sum_code_vectors else vectors_RLDE)
 
-    def check_conditions(self, class_labels: Tensor | Sequence) -> Tensor:
+    def check_conditions(self, class_labels: Tensor | Sequence | int) -> Tensor:
         """Class labels as `(batch, 1)`, or text tokens `(batch, prompt_length)`, int64 on the model's device.
 
         Raises:
@@ -333,8 +307,8 @@ class RQTransformerForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTra
         config = self.config
         length = max(config.prompt_length, 1) + config.sequence_length - 1
         stacks = (
-            (self.layers, length, config.num_attention_heads),
-            (self.depth_layers, config.code_depth, config.num_depth_attention_heads),
+            ([*self.layers], length, config.num_attention_heads),
+            ([*self.depth_layers], config.code_depth, config.num_depth_attention_heads),
         )
         return [LayerStack(*stack, head_dim=config.hidden_size // stack[2]) for stack in stacks]
 
@@ -398,23 +372,3 @@ class RQTransformerForImageGeneration(LoadingMixin, ImageGenerationMixin, PreTra
             raise ValueError(
                 "`vqvae` must have the code vectors that `transformer` keeps (see `set_code_vectors`), it has others."
             )
-
-    def resize_token_embeddings(self, *args, **kwargs) -> None:
-        """Refused: the vocabulary is the tokenizer's codebook, whose codes an image model cannot gain or lose."""
-        raise NotImplementedError(
-            "`resize_token_embeddings` does not apply: `vocab_size` is the size of the tokenizer's codebook, and a new"
-            " codebook needs a new model."
-        )
-
-    def compile_repeated_blocks(self, *args, **kwargs) -> None:
-        """Compiles the layers of both stacks, for training and `generate`; the name and the arguments, those of
-        `torch.compile`, are diffusers'."""
-        ModelMixin.compile_repeated_blocks(self, *args, **kwargs)
-        self._kept_loops = None  # their graphs are of the layers as they were
-
-
-def _summed_loss(head: nn.Module, hidden: Tensor, targets: Tensor, vocab_size: int, logits: Tensor | None) -> Tensor:
-    """The summed cross-entropy of `head(hidden)`, from `logits` where they have been computed."""
-    if logits is None:
-        return head_cross_entropy(head, hidden.flatten(0, 1), targets, vocab_size)
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum")

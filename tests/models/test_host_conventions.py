@@ -236,14 +236,36 @@ def test_hidden_states_and_attentions_are_those_of_the_layers_that_ran(make_mode
     assert len(model(labels, codes).hidden_states) == 4
 
 
-def test_capturing_hidden_states_leaves_generation_fast_and_its_codes_as_they_are(make_model, make_inputs):
-    model = make_model()
+@torch.no_grad()
+def test_hidden_states_and_attentions_of_an_rq_transformer_are_those_of_its_body(make_rq_model, make_rq_inputs):
+    model = make_rq_model(prompt_length=3, prompt_vocab_size=7, num_classes=0)
+    model.set_attn_implementation("eager")
+    conditions, codes = make_rq_inputs(model)
+    expected = model(conditions, codes)
+    output = model(conditions, codes, output_hidden_states=True, output_attentions=True)
+    assert torch.equal(output.logits, expected.logits) and expected.hidden_states is None
+    assert [state.shape for state in output.hidden_states] == 3 * [(2, 8, 16)]  # 3 words and 5 cells
+    assert torch.equal(output.hidden_states[0][:, :3], model.condition_tokens(conditions))
+    context = model.run_body(conditions, codes.flatten(1, 2))[1]
+    assert torch.equal(output.hidden_states[2][:, 2:], context)
+    assert len(output.attentions) == 2
+    for weights in output.attentions:
+        assert weights.shape == (2, 2, 8, 8) and not weights.triu(1).any()
+
+
+@pytest.mark.parametrize("architecture", ["dnd", "rq"])
+def test_capturing_hidden_states_leaves_generation_fast_and_its_codes_as_they_are(
+    architecture, make_model, make_inputs, make_rq_model, make_rq_inputs
+):
+    make, inputs = (make_model, make_inputs) if architecture == "dnd" else (make_rq_model, make_rq_inputs)
+    model = make()
     codes = model.generate([0, 1], do_sample=False)
-    model(*make_inputs(model), output_hidden_states=True)
+    model(*inputs(model), output_hidden_states=True)
     assert can_run_packed(model)
     assert torch.equal(model.generate([0, 1], do_sample=False), codes)
 
 
-def test_the_vocabulary_is_the_codebook_s_and_is_not_resized(make_model):
-    with pytest.raises(NotImplementedError, match="codebook"):
-        make_model().resize_token_embeddings(12)
+def test_the_vocabulary_is_the_codebook_s_and_is_not_resized(make_model, make_rq_model):
+    for model in (make_model(), make_rq_model()):
+        with pytest.raises(NotImplementedError, match="codebook"):
+            model.resize_token_embeddings(12)
