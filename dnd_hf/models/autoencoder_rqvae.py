@@ -72,16 +72,17 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
     The stride is `2 ** (len(block_out_channels) - 1)`; images and grids may be rectangular.
 
     Args:
-        down_block_types: one of diffusers' encoder blocks a level, e.g. `"DownEncoderBlock2D"`; `None`: attention
-            (`"AttnDownEncoderBlock2D"`) at the last level alone.
-        up_block_types: one of diffusers' decoder blocks a level, lowest resolution first; `None`: the mirror image.
+        down_block_types: one of diffusers' encoder blocks for each level, e.g. `"DownEncoderBlock2D"`; `None`:
+            attention (`"AttnDownEncoderBlock2D"`) only at the last level.
+        up_block_types: one of diffusers' decoder blocks for each level, lowest resolution first; `None`: the mirror
+            image.
         block_out_channels: channels of each level, highest resolution first; multiples of `norm_num_groups`.
         layers_per_block: residual blocks of an encoder level (the decoder has one more).
         latent_channels: channels between encoder and quantizer.
         vq_embed_dim: length of a code vector; `None`: `latent_channels`.
         num_vq_embeddings: codebook size N.
         sample_size: image size the model is trained at, pixels, an int or (height, width). Other sizes work.
-        code_depth: residual codes a position, d.
+        code_depth: residual codes per position, d.
         shared_codebook: one codebook for all depths, or one each.
         code_patch_size: (rows, columns) of latent cells that share one position's codes.
         ema_decay, restart_unused_codes: see [`ResidualQuantizer`].
@@ -205,7 +206,7 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
 
         Args:
             codes: integers in `[0, num_vq_embeddings)`, any grid size.
-            depth: use the first `depth` codes of each position alone, a coarse-to-fine preview; `None`: all.
+            depth: use only the first `depth` codes of each position, a coarse-to-fine preview; `None`: all.
 
         Raises:
             ValueError: codes of another shape, dtype or range, or a depth outside `[1, code_depth]`.
@@ -331,7 +332,7 @@ def _check_latents(latents: Tensor, images: Tensor) -> None:
 
 def _initialize(module: nn.Module) -> None:
     # Variance-preserving: PyTorch's default shrinks the signal by sqrt(3) at each convolution of the skip path, so that
-    # little of a picture reaches the codes of an untrained model.
+    # little of an image reaches the codes of an untrained model.
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
         if module.bias is not None:

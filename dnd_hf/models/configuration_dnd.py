@@ -54,7 +54,7 @@ class DnDConfig(PreTrainedConfig):
         num_key_value_heads: fewer than `num_attention_heads` for grouped-query attention; `None`: as many.
         intermediate_size: width of the SwiGLU; `None`: two thirds of `4 * hidden_size`, up to a multiple of 256.
         grid_size: (height, width) of the code grid; an int means a square.
-        code_depth: residual codes a position, d.
+        code_depth: residual codes per position, d.
         prediction_layers: for each depth the 0-based layer its head stands at, strictly increasing; `None`:
             [`default_prediction_layers`]. In `"parallel"` mode all heads stand at the last layer, whatever is given.
         depth_mode: `"dnd"`: heads at different layers, each code's embedding is added to the hidden state;

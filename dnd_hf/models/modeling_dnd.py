@@ -79,7 +79,7 @@ class DnDDecoderLayer(LlamaDecoderLayer):
 class DnDForImageGeneration(ImageCodeMixin, PreTrainedModel):
     """DnD-Transformer (arXiv 2410.01912): a LLaMA decoder over a grid of residual codes.
 
-    The sequence is the class token followed by one token a grid cell, the sum of the embeddings of its codes. At
+    The sequence is the class token followed by one token per grid cell, the sum of the embeddings of its codes. At
     `config.prediction_layers[k]` head k (RMS norm and linear) predicts code k of the next cell; in `"dnd"` mode the
     embedding of that code is then added to the hidden state, which runs on to head k + 1. With depth 1 this is the
     plain autoregressive model of LlamaGen.

@@ -113,7 +113,7 @@ class RQTransformerLayer(GradientCheckpointingLayer):
 class RQTransformerForImageGeneration(ImageCodeMixin, PreTrainedModel):
     """RQ-Transformer (arXiv 2203.01941, Section 3.2): one transformer over the grid, another over each cell's codes.
 
-    The body reads the condition (a class or text tokens) and then one token a cell, the sum of its codes' embeddings;
+    The body reads the condition (a class or text tokens) and then one token per cell, the sum of its codes' embeddings;
     its output before a cell is that cell's context. The depth stack reads the context and the codes of the cell one
     by one, and predicts the next code at each. The embeddings are projected code vectors of the tokenizer (which the
     model keeps as the buffer `code_vectors`, see [`set_code_vectors`]) or a table of the model's own.

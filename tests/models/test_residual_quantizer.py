@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dnd_hf.models.residual_quantizer import ResidualQuantizer
 from dnd_hf.ops.nearest_codes import DISTANCE_CHUNK
@@ -320,25 +319,12 @@ def test_commitment_loss_and_its_gradient_are_the_formula(depth, training):
     torch.testing.assert_close(gradient.double(), slope, rtol=32 * EPS, atol=32 * EPS * slope.abs().max().item())
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that any operation makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (list, tuple)) else (result,):
-            if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:  # not oneDNN's copy of the codebook
-                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return result
-
-
-def test_no_tensor_of_a_training_step_is_larger_than_the_chunk_of_distances():
+def test_no_tensor_of_a_training_step_is_larger_than_the_chunk_of_distances(largest_tensor):
     quantizer, vectors = make_quantizer(num_codes=4096, dim=4, depth=2).train(), random_vectors(n=8192, dim=4)
     assert DISTANCE_CHUNK < 4096 * 8192
-    with LargestTensor() as largest:
+    with largest_tensor() as largest:
         quantizer(vectors)
-    assert 8192 * 4 < largest.elements <= DISTANCE_CHUNK
+    assert 8192 * 4 < largest.numel <= DISTANCE_CHUNK
 
 
 @pytest.mark.slow
