@@ -59,8 +59,13 @@ class ImageCodeMixin(LoadingMixin, ImageGenerationMixin):
         ModelMixin.compile_repeated_blocks(self, *args, **kwargs)
         self._kept_loops = None  # their graphs are of the layers as they were
 
-    def check_codes(self, codes: Tensor, labels: Tensor | None, soft_targets: SoftTargets | None) -> None:
-        """Raises ValueError, naming the argument, on another type, shape or range (on a GPU see [`check_integers`])."""
+    def checked_codes(
+        self, codes: Tensor, labels: Tensor | None, soft_targets: SoftTargets | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Codes and labels as int64.
+
+        Raises ValueError, naming the argument, on another type, shape or range (on a GPU see [`check_integers`]).
+        """
         config = self.config
         check_integers("codes", codes, config.vocab_size)
         grid = (*config.grid_size, config.code_depth)
@@ -71,6 +76,7 @@ class ImageCodeMixin(LoadingMixin, ImageGenerationMixin):
             if labels.shape != codes.shape:
                 raise ValueError(f"`labels` must have the shape of `codes`, got {tuple(labels.shape)}.")
         check_targets(codes, labels, soft_targets, config.vocab_size)
+        return codes.long(), None if labels is None else labels.long()
 
     def check_outputs(self, with_loss: bool, output_logits: bool, output_attentions: bool | None) -> None:
         """Raises ValueError where nothing is asked for, or attentions that this attention does not have."""

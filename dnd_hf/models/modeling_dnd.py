@@ -143,9 +143,10 @@ class DnDForImageGeneration(ImageCodeMixin, PreTrainedModel):
         """
         config = self.config
         check_integers("class_labels", class_labels, config.num_classes + config.has_null_class)
-        self.check_codes(codes, labels, soft_targets)
+        codes, labels = self.checked_codes(codes, labels, soft_targets)
         if class_labels.shape != codes.shape[:1]:
             raise ValueError(f"`class_labels` must be ({len(codes)},), got shape {tuple(class_labels.shape)}.")
+        class_labels = class_labels.long()
         self.check_outputs(labels is not None or soft_targets is not None, output_logits, output_attentions)
         if self.training and config.has_null_class:
             dropped = torch.rand(class_labels.shape, device=class_labels.device) < config.class_dropout_prob

@@ -200,12 +200,12 @@ class RQTransformerForImageGeneration(ImageCodeMixin, PreTrainedModel):
         """
         config, with_loss = self.config, labels is not None or soft_targets is not None
         check_integers("class_labels", class_labels, config.num_conditions + config.has_null_class)
-        self.check_codes(codes, labels, soft_targets)
+        codes, labels = self.checked_codes(codes, labels, soft_targets)
         expected = (len(codes), config.prompt_length) if config.prompt_length else (len(codes),)
         if tuple(class_labels.shape) != expected:
             raise ValueError(f"`class_labels` must have shape {expected}, got {tuple(class_labels.shape)}.")
         self.check_outputs(with_loss, output_logits, output_attentions)
-        conditions_BT = class_labels if config.prompt_length else class_labels[:, None]
+        conditions_BT = class_labels.long() if config.prompt_length else class_labels.long()[:, None]
         prompts = conditions_BT[:, 1:]
         if self.training and config.has_null_class:
             dropped = torch.rand(len(codes), 1, device=codes.device) < config.class_dropout_prob

@@ -22,6 +22,7 @@ def check_integers(name: str, value: Tensor, limit: int, ignored: int | None = N
         raise ValueError(f"`{name}` must be a tensor, got {type(value).__name__}.")
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise ValueError(f"`{name}` must be integers, got {value.dtype}.")
+    value = value.long()  # few operations know all integer types
     if torch.compiler.is_compiling() or value.is_meta or not value.numel():
         return
     allowed = f"[0, {limit})" + ("" if ignored is None else f" or be {ignored}")

@@ -88,6 +88,20 @@ def test_outputs_are_the_same_by_name_and_in_a_tuple(make_model, make_inputs, ma
         assert_equal(call(images, return_dict=False), output.to_tuple())
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32])
+@torch.no_grad()
+def test_integers_of_every_type_are_classes_codes_and_labels(
+    dtype, make_model, make_inputs, make_rq_model, make_rq_inputs
+):
+    prompted = make_rq_model(prompt_length=3, prompt_vocab_size=7, num_classes=0)
+    for model, make in ((make_model(), make_inputs), (make_rq_model(), make_rq_inputs), (prompted, make_rq_inputs)):
+        conditions, codes = make(model)
+        narrow = conditions.to(dtype), codes.to(dtype)
+        for output_logits in (True, False):
+            loss = model(conditions, codes, labels=codes, output_logits=output_logits).loss
+            assert torch.equal(model(*narrow, labels=narrow[1], output_logits=output_logits).loss, loss)
+
+
 @torch.no_grad()
 def test_each_sample_of_a_batch_is_computed_as_if_it_were_alone(make_model, make_inputs, make_vae):
     model = make_model()
