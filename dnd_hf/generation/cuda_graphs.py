@@ -21,7 +21,8 @@ CAPTURE_LOCK = Lock()
 class GraphedLoop(SamplingLoop):
     """A sampling loop whose steps are CUDA graphs.
 
-    The first cell that reads a new part of the cache runs as it is, and is captured after that.
+    The first step that reads a new part of the cache runs as it is, and is captured after that. Passes of several
+    tokens (the condition, given codes) are not captured.
 
     Args:
         free: the loops of this kind that no call is using; `release` puts it there.
@@ -38,26 +39,30 @@ class GraphedLoop(SamplingLoop):
         with torch.inference_mode(False):  # its memory outlives the call
             runner = static_runner(model, 2 * batch if settings.guided else batch, device)
             super().__init__(model, runner, batch, settings, device)
+            self.kept = torch.zeros_like(self.codes_BLD, dtype=torch.bool)
         self.decoder, self.free = cast(StaticDecoder, runner.decoders[0]), free
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
-    def read(self, tokens_RTC: Tensor) -> None:
-        self.decoder.memory.zero_()  # what is masked must be finite; an earlier call may have left NaN
-        self.decoder.position.zero_()
-        super().read(tokens_RTC)
-        self.decoder.position += tokens_RTC.shape[1]
+    def keep(self, kept_BLD: Tensor | None) -> None:
+        if kept_BLD is None:
+            self.kept.fill_(False)
+        else:
+            self.kept.copy_(kept_BLD)
+        self.kept_BLD = self.kept
 
-    def step(self, cell: int) -> None:
-        read = self.decoder.read_at(self.first_position + cell)
-        if read in self.graphs:
+    def run(self, cells_T: Tensor, first: int, count: int) -> None:
+        if first == 0:
+            self.decoder.memory.zero_()  # what is masked must be finite; an earlier call may have left NaN
+        self.decoder.position.fill_(self.position(first))
+        run = partial(super().run, cells_T, first, count)
+        read = self.decoder.read_at(self.position(first))
+        if first == 0 or cells_T is not self.cell:
+            run()
+        elif read in self.graphs:
             self.graphs[read].replay()
         else:
-            self.eager_step(cell)
-            self.graphs[read] = capture(partial(self.eager_step, cell), self.graphs.values())
-
-    def eager_step(self, cell: int) -> None:
-        super().step(cell)
-        self.decoder.position += 1
+            run()
+            self.graphs[read] = capture(run, self.graphs.values())
 
     def finish(self) -> Tensor:
         return super().finish().clone()

@@ -16,7 +16,8 @@ Layer = Callable[[Tensor], Tensor]
 """A transformer layer that needs nothing but the hidden states of the new tokens, `(R, T, C)`, to the same shape."""
 
 ChooseCodes = Callable[[int, Tensor], Tensor]
-"""`choose(k, hidden_RTC)` takes what head k reads, behind the norm, and returns the codes `(R, T)` of depth k."""
+"""`choose(k, hidden_RTC)` takes what head k reads, behind the norm, and returns the codes `(R, T)` of depth k. It may
+get all cells of a pass, or only those whose codes are to be chosen."""
 
 
 @dataclass(frozen=True)
@@ -88,16 +89,20 @@ class ImageCodeModel(Protocol):
     def cell_tokens(self, codes_RLD: Tensor, cells_L: Tensor) -> Tensor:
         """The tokens `(R, L, C)` of cells `(L,)` (int64, on the device) with these codes, which predict those after."""
 
-    def decode(self, token_RTC: Tensor, choose: ChooseCodes, decoders: Sequence[Decoder], position: int) -> None:
-        """Runs the model for one new token of each sequence and has the codes of a cell chosen.
+    def decode(
+        self, tokens_RTC: Tensor, choose: ChooseCodes, decoders: Sequence[Decoder], position: int, count: int = 1
+    ) -> None:
+        """Runs the model for new tokens of each sequence and has the codes of the last `count` cells chosen.
 
         Calls `choose(k, hidden)` for k = 0, 1, ... in order; what it returns is read by the later depths.
 
         Args:
-            token_RTC: `(R, 1, C)`.
-            decoders: one for each of `layer_stacks`.
-            position: of the token in the first stack, from 0. Read it only to call `at` of the first decoder: where
-                steps are replayed as CUDA graphs it is the position at which they were captured.
+            tokens_RTC: tokens of which each predicts a cell; the first ones may be condition tokens that do not.
+            decoders: one for each of `layer_stacks`. The first runs all tokens; a second one, `count` cells of each
+                sequence as so many rows.
+            position: of the first token in the first stack, from 0. Read it only to call `at` of the first decoder:
+                where steps are replayed as CUDA graphs it is the position at which they were captured.
+            count: how many tokens, the last ones, predict cells whose codes are not known.
         """
 
     def read_by_heads(self, conditions_BT: Tensor, codes: Tensor, read: Callable[[int, Tensor], None]) -> None:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .decoders import ModelRunner
 from .filters import logits_filters
+from .given_codes import GivenCodes
 from .guidance import guide
 from .interface import ImageCodeModel
 from .noise import draw
@@ -13,9 +14,10 @@ from .settings import SamplingSettings
 
 
 class SamplingLoop:
-    """The sampling of a batch of images: what a call keeps between grid cells, and the step from one to the next.
+    """The sampling of a batch of images: what a call keeps between passes, and a pass through the model.
 
-    The cell is read on the device, so no step waits for it.
+    The token before the grid predicts cell 0, and the token of a cell the one after it. The cells of a pass are read
+    on the device, so no pass waits for it.
 
     Args:
         batch: images; with guidance each has a second sequence, of the null condition.
@@ -37,59 +39,86 @@ class SamplingLoop:
         self.codes_BLD = torch.zeros(batch, config.sequence_length, config.code_depth, dtype=torch.int64, device=device)
         self.noise_BLD = torch.zeros(self.codes_BLD.shape, dtype=torch.float64, device=device)
         self.scales_L = torch.ones(config.sequence_length, dtype=torch.float32, device=device)
+        self.kept_BLD: Tensor | None = None
+        """Which codes are given and stay; None: none."""
+        self.finite_BLD = torch.ones(self.codes_BLD.shape, dtype=torch.bool, device=device)
+        """Whether all logits of a code were finite. Codes that are drawn from others mean nothing."""
         self.cell = torch.zeros(1, dtype=torch.int64, device=device)
-        self.finite_B = torch.ones(batch, dtype=torch.bool, device=device)
-        """Whether all logits of an image were finite. Codes that are drawn from others mean nothing."""
-        self.token_RTC: Tensor | None = None
-        self.first_position = 0
+        self.cells_T = self.cell
+        """The cells that the tokens of a pass predict."""
+        self.count = 1
+        """How many of them, the last ones, are sampled."""
+        self.unread = 0
+        """The first cell whose token has not been read, so that it is not in the cache."""
 
-    def start(self, conditions_BT: Tensor, noise_BLD: Tensor | None, scales: list[float]) -> None:
-        """Reads the conditions and goes to cell 0.
+    def start(
+        self, conditions_BT: Tensor, noise_BLD: Tensor | None, scales: list[float], given: GivenCodes | None = None
+    ) -> None:
+        """Takes what decides the codes, and begins anew.
 
         Args:
             conditions_BT: at most as many as there is room for; what is over samples condition 0.
             noise_BLD: uniform float64 in [0, 1); None where no code is sampled.
             scales: the guidance scale of each cell.
+            given: codes that stay.
         """
-        self.images = len(conditions_BT)
+        self.images, self.unread = len(conditions_BT), 0
         missing = len(self.codes_BLD) - self.images
         conditions_BT = F.pad(conditions_BT, (0, 0, 0, missing))
-        if noise_BLD is not None:
-            self.noise_BLD.copy_(F.pad(noise_BLD, (0, 0, 0, 0, 0, missing)))
-        self.scales_L.copy_(torch.tensor(scales, dtype=torch.float32))
-        self.codes_BLD.zero_()
-        self.cell.zero_()
-        self.finite_B.fill_(True)
         if self.guided:
             conditions_BT = torch.cat([conditions_BT, self.model.null_conditions(conditions_BT)])
-        self.first_position = conditions_BT.shape[1] - 1
+        self.conditions_RT = conditions_BT
+        if noise_BLD is not None:
+            self.noise_BLD.copy_(_padded(noise_BLD, missing))
+        self.scales_L.copy_(torch.tensor(scales, dtype=torch.float32))
+        self.codes_BLD.zero_()
+        self.finite_BLD.fill_(True)
+        if given is not None:
+            self.codes_BLD.copy_(_padded(given.codes_BLD, missing))
+        self.keep(None if given is None else _padded(given.mask_BLD, missing))
+
+    def keep(self, kept_BLD: Tensor | None) -> None:
+        """Takes which codes stay."""
+        self.kept_BLD = kept_BLD
+
+    def step(self, cell: int, count: int = 1) -> None:
+        """Samples the codes of `count` cells in one pass. Cells come in order; those left out have given codes."""
+        first, end = self.unread, cell + count
+        one = end - first == 1
+        cells_T = self.cell.fill_(cell) if one else torch.arange(first, end, device=self.cell.device)
         with self.runner.context():
-            tokens_RTC = self.model.condition_tokens(conditions_BT)
-            self.read(tokens_RTC[:, :-1])
-            self.set_token(tokens_RTC[:, -1:])
+            self.run(cells_T, first, count)
+        self.unread = end
 
-    def read(self, tokens_RTC: Tensor) -> None:
-        """Has the first stack keep the keys and values of tokens from which nothing is predicted."""
-        if tokens_RTC.shape[1]:
-            for layer in self.runner.decoders[0].at(0, tokens_RTC.shape[1]):
-                tokens_RTC = layer(tokens_RTC)
+    def run(self, cells_T: Tensor, first: int, count: int) -> None:
+        """A pass of the tokens that predict consecutive cells; the codes of the last `count` of them are sampled.
 
-    def set_token(self, token_RTC: Tensor) -> None:
-        """Keeps the token that the next step reads, always in the same memory."""
-        self.token_RTC = token_RTC if self.token_RTC is None else self.token_RTC.copy_(token_RTC)
+        Args:
+            cells_T: int64, on the device.
+            first: the first of them. Where steps are replayed it is that of the captured one.
+        """
+        self.cells_T, self.count = cells_T, count
+        tokens_RTC = self.tokens_before(cells_T) if first else self.first_tokens(cells_T)
+        self.model.decode(tokens_RTC, self.choose, self.runner.decoders, self.position(first), count)
 
-    def step(self, cell: int) -> None:
-        """Samples the codes of a cell; cells come in order, from 0."""
-        with self.runner.context():
-            assert self.token_RTC is not None, "start() comes first"
-            self.model.decode(self.token_RTC, self.choose, self.runner.decoders, self.first_position + cell)
-            token_BTC = self.model.cell_tokens(self.codes_BLD[:, self.cell], self.cell)
-            self.set_token(token_BTC.repeat(2, 1, 1) if self.guided else token_BTC)
-            self.cell += 1
+    def position(self, cell: int) -> int:
+        """The position of the token with which a pass begins that predicts a cell and those after it."""
+        return cell + self.conditions_RT.shape[1] - 1 if cell else 0
+
+    def first_tokens(self, cells_T: Tensor) -> Tensor:
+        """The tokens of the condition, and those that predict the cells after cell 0."""
+        tokens_RTC = self.model.condition_tokens(self.conditions_RT)
+        return torch.cat([tokens_RTC, self.tokens_before(cells_T[1:])], dim=1) if len(cells_T) > 1 else tokens_RTC
+
+    def tokens_before(self, cells_T: Tensor) -> Tensor:
+        """The tokens of the cells before these."""
+        before_T = cells_T - 1
+        tokens_BTC = self.model.cell_tokens(self.codes_BLD[:, before_T], before_T)
+        return tokens_BTC.repeat(2, 1, 1) if self.guided else tokens_BTC
 
     @property
     def codes(self) -> Tensor:
-        """`(images, height, width, depth)`: the codes so far, zeros behind them."""
+        """`(images, height, width, depth)`: the codes so far; behind them the given ones, zeros elsewhere."""
         return self.codes_BLD[: self.images].unflatten(1, tuple(self.model.config.grid_size))
 
     def finish(self) -> Tensor:
@@ -98,7 +127,7 @@ class SamplingLoop:
         Raises:
             ValueError: they were drawn from logits that are not finite.
         """
-        if not self.finite_B[: self.images].all():
+        if not self.finite_BLD[: self.images].all():
             raise ValueError(
                 "the logits are not finite numbers (NaN or infinite): the weights are broken or overflow in"
                 f" {self.model.dtype}, or `temperature` is too small or `guidance_scale` too large."
@@ -109,16 +138,30 @@ class SamplingLoop:
         """Ends the call, however it went."""
 
     def choose(self, k: int, hidden_RTC: Tensor) -> Tensor:
-        """The codes `(rows, 1)` of depth k, from what head k reads; both sequences of an image get the same."""
-        logits_BV = self.runner.heads[k](hidden_RTC[:, -1]).float()
+        """The codes `(rows, T)` of depth k of the last T cells of the pass, from what head k reads.
+
+        Those of the last `count` cells are sampled here; both sequences of an image get the same.
+        """
+        cells, tokens = self.cells_T[-self.count :], hidden_RTC.shape[1]
+        logits_XV = self.runner.heads[k](hidden_RTC[:, -self.count :]).flatten(0, 1).float()  # X: images x cells
         if self.guided:
-            logits_BV = guide(logits_BV, self.scales_L[self.cell])
+            logits_XV = guide(logits_XV, self.scales_L[cells].repeat(len(self.codes_BLD))[:, None])
         if self.filters is None:
-            codes_B, finite_B = logits_BV.argmax(-1), logits_BV.amax(-1).isfinite()
+            codes_X, finite_X = logits_XV.argmax(-1), logits_XV.amax(-1).isfinite()
         else:
-            codes_B = draw(self.filters[k](None, logits_BV), self.noise_BLD[:, self.cell, k].squeeze(1))
-            finite_B = codes_B < logits_BV.shape[-1]
-            codes_B = codes_B.clamp_(max=logits_BV.shape[-1] - 1)
-        self.finite_B.logical_and_(finite_B)
-        self.codes_BLD[:, self.cell, k] = codes_B[:, None]
-        return (codes_B.repeat(2) if self.guided else codes_B)[:, None]
+            codes_X = draw(self.filters[k](None, logits_XV), self.noise_BLD[:, cells, k].flatten())
+            finite_X = codes_X < logits_XV.shape[-1]
+            codes_X = codes_X.clamp_(max=logits_XV.shape[-1] - 1)
+        codes_BT = codes_X.view(-1, self.count)
+        if self.kept_BLD is not None:
+            codes_BT = torch.where(self.kept_BLD[:, cells, k], self.codes_BLD[:, cells, k], codes_BT)
+        self.finite_BLD[:, cells, k] = finite_X.view(-1, self.count)
+        self.codes_BLD[:, cells, k] = codes_BT
+        if tokens > self.count:
+            codes_BT = self.codes_BLD[:, self.cells_T[-tokens:], k]
+        return codes_BT.repeat(2, 1) if self.guided else codes_BT
+
+
+def _padded(values_BLD: Tensor, missing: int) -> Tensor:
+    """With so many more images, of zeros."""
+    return F.pad(values_BLD, (0, 0, 0, 0, 0, missing))

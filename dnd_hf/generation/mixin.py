@@ -12,6 +12,7 @@ from ..ops.tensor_checks import check_integers
 from .cuda_graphs import GraphedLoop, KeptLoops
 from .decoders import plain_runner
 from .evaluation_mode import evaluation_mode
+from .given_codes import checked_given_codes
 from .guidance import guidance_scales
 from .loop import SamplingLoop
 from .noise import checked_generators, uniform_noise
@@ -47,6 +48,8 @@ class ImageGenerationMixin(GenerationMixin):
         callback: Callable[[int, Tensor], bool | None] | None = None,
         guidance_schedule: str | None = None,
         guidance_power: float | None = None,
+        codes: Tensor | None = None,
+        codes_mask: Tensor | None = None,
     ) -> Tensor:
         """Samples the codes of one image per label.
 
@@ -70,10 +73,15 @@ class ImageGenerationMixin(GenerationMixin):
             generator: one, or a list of one per image: then image i depends only on its own generator, not on the
                 batch. An integer in `[0, 2**64)` is the seed of a new generator on the CPU.
             callback: called after each grid cell with its index and the codes so far. Where it returns True, sampling
-                ends; the codes of the cells behind are 0.
+                ends; the codes of the cells behind are 0 (given ones stay).
             guidance_schedule, guidance_power: how the guidance grows over the grid, see [`guidance_scales`];
                 `"constant"` (the default), `"linear"` or `"power-cosine"`, the last with a power greater than 0
                 (default 2.75).
+            codes: `(batch, height, width, depth)`, codes that are given: they stay, and what comes after them (cells
+                in raster order, and within a cell the higher depths) is sampled as if they had been drawn. Integers
+                in `[0, vocab_size)` where the mask is True; elsewhere they are not read.
+            codes_mask: the same shape, booleans: True where the given code stays, any positions and depths; False
+                where a code is sampled, with the same random numbers as without given codes.
 
         Returns:
             `(batch, height, width, depth)` int64 in `[0, vocab_size)`.
@@ -100,6 +108,8 @@ class ImageGenerationMixin(GenerationMixin):
             top_p=top_p,
         )
         batch, device = len(conditions_BT), conditions_BT.device
+        shape = (batch, *config.grid_size, config.code_depth)
+        given = checked_given_codes(codes, codes_mask, shape, config.vocab_size, device)
         generator = checked_generators(generator, batch)
         self._check_cuda_graphs(device)
         noise_BLD = None
@@ -111,9 +121,10 @@ class ImageGenerationMixin(GenerationMixin):
         loop = self._graphed_loop(settings, conditions_BT) if self.cuda_graphs else self._loop(settings, conditions_BT)
         try:
             with evaluation_mode(self):
-                loop.start(conditions_BT, noise_BLD, scales)
+                loop.start(conditions_BT, noise_BLD, scales, given)
                 for cell in range(config.sequence_length):
-                    loop.step(cell)
+                    if given is None or not given.whole_L[cell]:
+                        loop.step(cell)
                     if callback is not None and callback(cell, loop.codes) is True:
                         break
             return loop.finish()

@@ -172,10 +172,12 @@ class DnDForImageGeneration(ImageCodeMixin, PreTrainedModel):
 
         self.run_layers(hidden_BLC, teach, [*self.layers], position_embeddings=rotary, attention_mask=mask)
 
-    def decode(self, token_RTC: Tensor, choose: ChooseCodes, decoders: Sequence[Decoder], position: int) -> None:
-        """Runs the layers for one new token, see [`ImageCodeModel`]."""
+    def decode(
+        self, tokens_RTC: Tensor, choose: ChooseCodes, decoders: Sequence[Decoder], position: int, count: int = 1
+    ) -> None:
+        """Runs the layers for new tokens, see [`ImageCodeModel`]."""
         (decoder,) = decoders
-        self.run_layers(token_RTC, choose, decoder.at(position))
+        self.run_layers(tokens_RTC, choose, decoder.at(position, tokens_RTC.shape[1]))
 
     def layer_stacks(self, device: torch.device) -> list[LayerStack]:
         """The layers up to the last head."""

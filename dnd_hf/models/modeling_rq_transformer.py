@@ -312,19 +312,24 @@ class RQTransformerForImageGeneration(ImageCodeMixin, PreTrainedModel):
         )
         return [LayerStack(*stack, head_dim=config.hidden_size // stack[2]) for stack in stacks]
 
-    def decode(self, token_RTC: Tensor, choose: ChooseCodes, decoders: Sequence[Decoder], position: int) -> None:
-        """Runs both stacks for one new token of each sequence; see [`ImageCodeModel`]."""
+    def decode(
+        self, tokens_RTC: Tensor, choose: ChooseCodes, decoders: Sequence[Decoder], position: int, count: int = 1
+    ) -> None:
+        """Runs the body for new tokens and the depth stack for the last `count` cells; see [`ImageCodeModel`]."""
         body, stack = decoders
-        for layer in body.at(position):
-            token_RTC = layer(token_RTC)
-        codes_RTD = torch.empty(*token_RTC.shape[:2], 0, dtype=torch.int64, device=token_RTC.device)
+        for layer in body.at(position, tokens_RTC.shape[1]):
+            tokens_RTC = layer(tokens_RTC)
+        tokens_RNC = tokens_RTC[:, -count:]
+        codes_RND = torch.empty(*tokens_RNC.shape[:2], 0, dtype=torch.int64, device=tokens_RTC.device)
         for k in range(self.config.code_depth):
             if k > 0:
-                token_RTC = self.code_tokens(codes_RTD)[:, :, -1]
-            hidden_RTC = token_RTC + self.depth_positions(torch.arange(k, k + 1, device=token_RTC.device))
+                tokens_RNC = self.code_tokens(codes_RND)[:, :, -1]
+            depth = torch.arange(k, k + 1, device=tokens_RNC.device)
+            hidden_X1C = tokens_RNC.flatten(0, 1)[:, None] + self.depth_positions(depth)
             for layer in stack.at(k):
-                hidden_RTC = layer(hidden_RTC)
-            codes_RTD = torch.cat([codes_RTD, choose(k, self.norm(hidden_RTC))[:, :, None]], dim=2)
+                hidden_X1C = layer(hidden_X1C)
+            hidden_RNC = self.norm(hidden_X1C).view(tokens_RNC.shape)
+            codes_RND = torch.cat([codes_RND, choose(k, hidden_RNC)[:, :, None]], dim=2)
 
     def read_by_heads(self, conditions_BT: Tensor, codes: Tensor, read: Callable[[int, Tensor], None]) -> None:
         """Teacher forcing for scoring: calls `read(k, hidden_BLC)` with what head k reads, behind the norm."""

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from scipy.stats import chisquare
 
 
 def generators(*seeds) -> list[torch.Generator]:
@@ -41,8 +42,11 @@ def guided_logits(model, class_labels, codes, scale) -> torch.Tensor:
     return null + (logits - null) * scale
 
 
-def regenerate(model, class_labels, scale, uniforms=None, **filters) -> torch.Tensor:
-    """generate() by its definition: the whole sequence anew for each single code, zeros where none is known yet."""
+def regenerate(model, class_labels, scale, uniforms=None, given=None, mask=None, **filters) -> torch.Tensor:
+    """generate() by its definition: the whole sequence anew for each single code, zeros where none is known yet.
+
+    Where the mask is True, the given code comes in place of the chosen one.
+    """
     config = model.config
     codes = torch.zeros(len(class_labels), *config.grid_size, config.code_depth, dtype=torch.long)
     flat = codes.view(len(class_labels), -1, config.code_depth)
@@ -55,4 +59,21 @@ def regenerate(model, class_labels, scale, uniforms=None, **filters) -> torch.Te
             else:
                 reached = filtered(logits, **filters).cumsum(-1)
                 flat[:, cell, k] = torch.tensor((reached <= uniforms[:, cell, k, None]).sum(-1))
+            if mask is not None:
+                stays = mask.flatten(1, 2)[:, cell, k]
+                flat[:, cell, k] = torch.where(stays, given.flatten(1, 2)[:, cell, k], flat[:, cell, k])
     return codes
+
+
+def assert_frequencies(counts: dict, probabilities: dict, total: int) -> None:
+    """Chi-square of counts against probabilities; cells of fewer than five expected counts are one cell."""
+    impossible = [outcome for outcome in counts if probabilities.get(outcome, 0) == 0]
+    assert not impossible
+    likely = [outcome for outcome, p in probabilities.items() if p * total >= 5]
+    expected = [probabilities[outcome] * total for outcome in likely]
+    observed = [counts.get(outcome, 0) for outcome in likely]
+    if total - sum(expected) > 1e-3:
+        expected.append(total - sum(expected))
+        observed.append(total - sum(observed))
+    assert len(expected) > 1
+    assert chisquare(observed, np.array(expected) * sum(observed) / sum(expected)).pvalue > 1e-4

@@ -8,6 +8,8 @@ from definitions import generators
 from transformers import GenerationConfig
 
 from dnd_hf.generation.cuda_graphs import GraphedLoop
+from dnd_hf.generation.given_codes import GivenCodes
+from dnd_hf.generation.loop import SamplingLoop
 from dnd_hf.generation.settings import SamplingSettings
 
 
@@ -83,13 +85,18 @@ def test_a_static_step_asks_the_device_for_nothing(make_model):
     labels, noise = torch.tensor([[0], [1]]), torch.rand(2, 6, 2, dtype=torch.float64)
     loop = GraphedLoop(model, 2, settings, torch.device("cpu"), [])
     codes = []
-    for step in (torch.compile(GraphedLoop.eager_step, backend="eager", fullgraph=True), GraphedLoop.eager_step):
+    given = GivenCodes(torch.full((2, 6, 2), 4), torch.rand(2, 6, 2) < 0.3, (False,) * 6)
+    for run in (torch.compile(SamplingLoop.run, backend="eager", fullgraph=True), SamplingLoop.run):
         with torch.no_grad():
-            loop.start(labels, noise, [2.0] * 6)
-            for _ in range(6):  # the cell is the loop's own
-                step(loop, 0)
+            loop.start(labels, noise, [2.0] * 6, given)
+            loop.step(0)
+            for cell in range(1, 6):  # both are read on the device
+                loop.cell.fill_(cell)
+                loop.decoder.position.fill_(cell)
+                run(loop, loop.cell, 1, 1)
         codes.append(loop.finish())
     assert torch.equal(*codes)
+    assert (codes[0].flatten(1, 2)[given.mask_BLD] == 4).all()
 
 
 def test_cuda_graphs_are_refused_where_there_are_none(make_model):

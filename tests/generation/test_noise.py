@@ -5,8 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from definitions import filtered, generators, guided_logits
-from scipy.stats import chisquare
+from definitions import assert_frequencies, filtered, generators, guided_logits
 
 from dnd_hf.generation.noise import draw
 
@@ -19,20 +18,6 @@ def test_draw_takes_the_first_code_whose_cumulative_probability_exceeds_the_unif
     assert draw(only_last, torch.zeros(1, dtype=torch.float64)).item() == 2
     first_alone = torch.tensor([[3.0, -torch.inf, -torch.inf]])
     assert draw(first_alone, torch.tensor([1 - 2.0**-53], dtype=torch.float64)).item() == 0
-
-
-def assert_frequencies(counts: dict, probabilities: dict, total: int) -> None:
-    """Chi-square of counts against probabilities; cells of fewer than five expected counts are one cell."""
-    impossible = [outcome for outcome in counts if probabilities.get(outcome, 0) == 0]
-    assert not impossible
-    likely = [outcome for outcome, p in probabilities.items() if p * total >= 5]
-    expected = [probabilities[outcome] * total for outcome in likely]
-    observed = [counts.get(outcome, 0) for outcome in likely]
-    if total - sum(expected) > 1e-3:
-        expected.append(total - sum(expected))
-        observed.append(total - sum(observed))
-    assert len(expected) > 1
-    assert chisquare(observed, np.array(expected) * sum(observed) / sum(expected)).pvalue > 1e-4
 
 
 def test_drawn_frequencies_are_the_softmax():
