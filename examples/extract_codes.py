@@ -40,11 +40,11 @@ from dnd_hf.data.images import (
     ImageTransform,
     TenCrop,
     WithMirrorImage,
-    as_size,
     check_broken_share,
     check_stride,
 )
 from dnd_hf.files import read_json
+from dnd_hf.ops.number_checks import height_width
 from dnd_hf.training.settings import fingerprint, model_settings
 
 
@@ -201,7 +201,7 @@ def main(args: ExtractionArguments) -> None:
     vae = RQVAE.from_pretrained(args.vqvae).to(state.device).eval()
     if vae.config.num_vq_embeddings > MAX_VOCAB_SIZE:
         raise ValueError(f"codes are stored in 16 bits; the codebook has {vae.config.num_vq_embeddings} entries.")
-    size = as_size(args.sample_size or vae.config.sample_size)
+    size = height_width("sample_size", args.sample_size or vae.config.sample_size)
     check_stride(size, vae.code_stride)
     dataset = args.load_images(args.transform(size))
 

@@ -33,8 +33,9 @@ from transformers.utils.logging import disable_progress_bar
 from dnd_hf import RQVAE, DnDPipeline
 from dnd_hf.arguments import RunArguments, run_script
 from dnd_hf.data.codes import CodesDataset, collate_codes
-from dnd_hf.data.images import as_size, check_stride, collate_images
+from dnd_hf.data.images import check_stride, collate_images
 from dnd_hf.generation.settings import SamplingSettings
+from dnd_hf.ops.number_checks import height_width
 from dnd_hf.training.architectures import ARCHITECTURES
 from dnd_hf.training.data_order import hold_out
 from dnd_hf.training.environment import RunEnvironment
@@ -171,7 +172,7 @@ class DnDTraining(TrainingRun):
                 codes, args.num_validation_images, args.seed, group_size=codes.crops_per_image
             )
         else:
-            size = as_size(vae.config.sample_size)
+            size = height_width("sample_size", vae.config.sample_size)
             check_stride(size, vae.code_stride)
             grid_size = (size[0] // vae.code_stride[0], size[1] // vae.code_stride[1])
             dataset, train_set, self.validation_set = load_training_images(args, size)

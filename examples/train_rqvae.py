@@ -29,9 +29,10 @@ from transformers.hf_argparser import HfArg
 
 from dnd_hf import RQVAE
 from dnd_hf.arguments import RunArguments, run_script
-from dnd_hf.data.images import as_size, check_stride, collate_images, to_images
+from dnd_hf.data.images import check_stride, collate_images, to_images
 from dnd_hf.evaluation.code_usage import code_perplexity
 from dnd_hf.models.autoencoder_rqvae import RQVAEOutput
+from dnd_hf.ops.number_checks import height_width
 from dnd_hf.ops.perceptual_loss import PerceptualLoss
 from dnd_hf.training.discriminator import PatchDiscriminator
 from dnd_hf.training.environment import RunEnvironment
@@ -86,7 +87,7 @@ class RQVAEArguments(RunArguments):
         super().__post_init__()
         if self.dataset_name is None:
             raise ValueError("--dataset_name is needed: `words`, a data set on the Hub, or a folder.")
-        as_size(self.sample_size)
+        height_width("sample_size", self.sample_size)
         if self.freeze_codes and not self.pretrained_vqvae:
             raise ValueError("--freeze_codes goes with --pretrained_vqvae: a new tokenizer has no codes to keep.")
         for name in (
@@ -105,7 +106,7 @@ class RQVAEArguments(RunArguments):
         if self.pretrained_vqvae:
             return RQVAE.from_pretrained(self.pretrained_vqvae)
         return RQVAE(
-            sample_size=as_size(self.sample_size),
+            sample_size=height_width("sample_size", self.sample_size),
             block_out_channels=tuple(self.block_out_channels),
             layers_per_block=self.layers_per_block,
             latent_channels=self.latent_channels,
@@ -167,7 +168,7 @@ class RQVAETraining(TrainingRun):
         accelerator = environment.accelerator
         set_seed(args.seed)
         vae = args.make_vae()
-        size = as_size(vae.config.sample_size)
+        size = height_width("sample_size", vae.config.sample_size)
         check_stride(size, vae.code_stride)
         discriminator = PatchDiscriminator(args.discriminator_layers) if args.gan_weight else None
         if discriminator and min(size) < discriminator.min_size:

@@ -1,7 +1,7 @@
 """Images to tensors and back, and datasets of labelled images; sources.py opens them."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import chain, islice
@@ -21,11 +21,6 @@ logger = logging.getLogger(__name__)
 
 MAX_NAMES = 8
 """Names of classes that a description gives."""
-
-
-def as_size(resolution: int | Sequence[int]) -> tuple[int, int]:
-    """`256`, `[256]` or `[height, width]` as (height, width), pixels. Raises ValueError for anything else."""
-    return height_width("resolution", resolution)
 
 
 def check_stride(size: tuple[int, int], stride: tuple[int, int]) -> None:

@@ -16,11 +16,12 @@ from accelerate import PartialState
 
 from ..arguments import SamplingArguments
 from ..bundled import checkpoint_path
-from ..data.images import ImageDataset, ImageTransform, as_size, check_stride
+from ..data.images import ImageDataset, ImageTransform, check_stride
 from ..data.rgb import parse_background
 from ..data.sources import load_image_dataset
 from ..generation.settings import SamplingSettings
 from ..models.autoencoder_rqvae import RQVAE
+from ..ops.number_checks import height_width
 from ..pipelines.pipeline_dnd import DnDPipeline
 from .features import InceptionFeatures, ModelFeatures
 from .images import SampleImages
@@ -112,7 +113,7 @@ class RealImageOptions(TaskOptions):
         check_ranges(self, least={"num_dataset_images": 1})
         parse_background(self.background)
         if self.sample_size is not None:
-            as_size(self.sample_size)
+            height_width("sample_size", self.sample_size)
 
     def load_dataset(self, size: tuple[int, int]) -> ImageDataset:
         """The real images at (height, width); their labels stand for their texts."""
@@ -137,7 +138,7 @@ class RealImageOptions(TaskOptions):
 
     def size_for(self, vae: RQVAE) -> tuple[int, int]:
         """The (height, width) of the images that a tokenizer takes. ValueError if its stride does not divide it."""
-        size = as_size(self.sample_size or vae.config.sample_size)
+        size = height_width("sample_size", self.sample_size or vae.config.sample_size)
         check_stride(size, vae.code_stride)
         return size
 
@@ -145,7 +146,9 @@ class RealImageOptions(TaskOptions):
         """The (height, width) of real images to be compared with those of the first pipeline, or the first samples."""
         for pipeline in pipelines.values():
             return self.size_for(pipeline.vqvae)
-        return as_size(self.sample_size or next(iter(samples.values()))[0]["pixel_values"].shape[1:])
+        return height_width(
+            "sample_size", self.sample_size or next(iter(samples.values()))[0]["pixel_values"].shape[1:]
+        )
 
 
 @dataclass

@@ -14,7 +14,6 @@ from dnd_hf.data.images import (
     ReplaceBrokenImages,
     TenCrop,
     WithMirrorImage,
-    as_size,
     check_stride,
     to_images,
     to_pixels,
@@ -110,11 +109,11 @@ def test_a_mirror_image_stands_behind_its_image(image):
     assert torch.equal(WithMirrorImage(ImageTransform((40, 60)))(image), torch.stack([pixels, pixels.flip(-1)]))
 
 
-def test_sizes_are_one_or_two_positive_numbers():
-    assert as_size(8) == as_size([8]) == (8, 8) and as_size([8, 16]) == (8, 16)
+def test_a_resolution_is_one_or_two_positive_numbers():
+    assert ImageTransform(8).resolution == ImageTransform([8]).resolution == (8, 8)
     for wrong in (0, [], [8, 8, 8], [8, -1]):
-        with pytest.raises(ValueError, match="`resolution`"):
-            as_size(wrong)
+        with pytest.raises(ValueError, match="`resolution` must be"):
+            ImageTransform(wrong)
 
 
 def test_sizes_the_stride_does_not_divide_are_refused():
