@@ -65,7 +65,7 @@ class TaskOptions:
         if not self.model and not samples:
             raise ValueError("`model` is needed" + ("." if samples is None else ", or `samples`."))
         if max_models is not None and len(self.model) > max_models:
-            raise ValueError(f"the task {task} takes one `model`, got {len(self.model)}.")
+            raise ValueError(f"the task {task} takes {max_models} `model`, got {len(self.model)}.")
         names = [*self.model, *(samples or [])]
         if len(set(names)) < len(names):
             raise ValueError("`model` or `samples` names one twice.")

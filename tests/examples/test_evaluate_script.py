@@ -210,7 +210,7 @@ def test_words_has_its_figures_where_they_were(script, evaluate, monkeypatch):
         ("--task generation --output_dir out", "--model is needed, or --samples"),
         ("--task rocr --model a --samples b --output_dir out", "the task rocr makes no use of --samples"),
         ("--task rocr --model a a --dataset_name words --output_dir out", "names one twice"),
-        ("--task words --model a b --output_dir out", "takes one --model"),
+        ("--task words --model a b --output_dir out", "takes 1 --model"),
         ("--task reconstruction --model a --output_dir out", "--dataset_name is needed"),
         ("--task ppl_ocr --model a --dataset_name words --output_dir out", "--language_model is needed"),
         ("--task prose --model a --dataset_name d --output_dir out", "--training_text is needed"),
