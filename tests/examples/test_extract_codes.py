@@ -121,11 +121,13 @@ def test_two_processes_that_were_killed_leave_the_same_rows_as_one_that_was_not(
         run = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
         for _ in range(3000):
-            written, unfinished = (list(killed.glob(f"data-*.{kind}")) for kind in ("arrow", "unfinished"))
+            written, unfinished = (list(killed.glob(kind)) for kind in ("data-*.arrow", ".data-*.unfinished"))
             if (len(written), len(unfinished)) == (4, 2):
                 break
             assert run.poll() is None, (folder / "log").read_text()
             time.sleep(0.1)
+        else:
+            pytest.fail(f"the processes never came to where they are killed: {written}, {unfinished}")
     finally:
         # Each process has a session of its own, out of reach of one signal to the launcher's group.
         with suppress(psutil.NoSuchProcess):
@@ -145,6 +147,7 @@ def test_two_processes_that_were_killed_leave_the_same_rows_as_one_that_was_not(
     assert rows(killed) == rows(codes)
     assert (killed / "broken_images.jsonl").read_text() == (codes / "broken_images.jsonl").read_text()
     assert versions(written) == before and len(list(killed.glob("data-*"))) == 11
+    assert not list(killed.glob("*.unfinished"))
 
 
 @pytest.mark.parametrize(

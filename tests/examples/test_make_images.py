@@ -167,6 +167,8 @@ def test_two_processes_that_were_killed_leave_the_same_files_as_one_that_was_not
                 break
             assert run.poll() is None, Path("log").read_text()
             time.sleep(0.1)
+        else:
+            pytest.fail(f"the processes never came to where they are killed: {written}")
         processes = run.children()
     finally:
         run.kill()
