@@ -2,16 +2,18 @@
 
 python examples/benchmark --sections decode quantize --reference DnD-Transformer --output_dir benchmarks
 
-`--reference` is a checkout of github.com/chenllliang/DnD-Transformer, which is not part of this project; it gets the
-same weights. Ours, the reference and the floor take turns in one process, so that whatever else the machine does meets
-all of them; the numbers are medians. The floor is what the hardware needs for the arithmetic and the memory only: see
-`decode.decode_floors` and `train_step.train`.
+`--reference` is a checkout of github.com/chenllliang/DnD-Transformer, and `--rq_reference`, for the section
+architectures, one of github.com/kakaobrain/rq-vae-transformer; they are not part of this project and get the same
+weights. Ours, the reference and the floor take turns in one process, so that whatever else the machine does meets all
+of them; the numbers are medians. The floor is what the hardware needs for the arithmetic and the memory only: see
+`decode.decode_floors`, `train_step.train` and `architectures.decode_floor`.
 """
 
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from architectures import architectures
 from decode import decode, growth
 from official import Reference
 from options import BenchmarkArguments
@@ -30,6 +32,7 @@ SUITES = {
     "tokenize": tokenize,
     "extract": extract,
     "growth": growth,
+    "architectures": architectures,
 }
 """Of each section, the function that yields its rows."""
 

@@ -9,7 +9,7 @@ from transformers.hf_argparser import HfArg
 from dnd_hf.figures import import_figure
 
 
-SECTIONS = ("decode", "train", "quantize", "tokenize", "extract", "growth")
+SECTIONS = ("decode", "train", "quantize", "tokenize", "extract", "growth", "architectures")
 
 
 @dataclass
@@ -19,6 +19,9 @@ class BenchmarkArguments:
     sections: list[str] = HfArg(default_factory=lambda: list(SECTIONS), help=f"What to time: {', '.join(SECTIONS)}.")
     reference: str | None = HfArg(
         default=None, help="Checkout of the official repository; without it, its columns stay out."
+    )
+    rq_reference: str | None = HfArg(
+        default=None, help="Checkout of kakaobrain/rq-vae-transformer, for the section architectures."
     )
     output_dir: str | None = HfArg(default=None, help="Also write benchmark.json and benchmark.md there.")
     repeats: int = HfArg(default=5, help="Times that each is run, after one that does not count.")
@@ -44,6 +47,7 @@ class BenchmarkArguments:
     growth_batch_sizes: list[int] = HfArg(default_factory=lambda: [1, 2, 4, 8, 16], help="Of growth.")
     growth_grid_sizes: list[int] = HfArg(default_factory=lambda: [8, 12, 16, 24, 32], help="Of growth, at batch 1.")
     growth_depths: list[int] = HfArg(default_factory=lambda: [1, 2, 4, 8], help="Of growth, at batch 1.")
+    architecture_depths: list[int] = HfArg(default_factory=lambda: [2, 4, 8], help="Of architectures.")
 
     def __post_init__(self):
         unknown = set(self.sections) - set(SECTIONS)
@@ -58,6 +62,7 @@ class BenchmarkArguments:
             "growth_batch_sizes",
             "growth_grid_sizes",
             "growth_depths",
+            "architecture_depths",
         ):
             if not getattr(self, name) or min(getattr(self, name)) < 1:
                 raise ValueError(f"`{name}` must be positive numbers, got {getattr(self, name)}.")
@@ -65,3 +70,5 @@ class BenchmarkArguments:
             import_figure()
         if self.reference is not None and not Path(self.reference, "src", "dnd_transformer").is_dir():
             raise ValueError(f"`reference` {self.reference} is no checkout of the official repository.")
+        if self.rq_reference is not None and not Path(self.rq_reference, "rqvae", "models", "rqtransformer").is_dir():
+            raise ValueError(f"`rq_reference` {self.rq_reference} is no checkout of kakaobrain/rq-vae-transformer.")

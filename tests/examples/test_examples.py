@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -258,19 +259,21 @@ def test_benchmark_times_every_section_and_knows_its_floor(folder):
     options = (
         "--grid_size 2 --decode_batch_sizes 1 --train_batch_size 1 --quantizer_depth 2 --quantizer_batch_size 1"
         " --tokenize_batch_sizes 1 --image_size 32 --extract_images 2 --repeats 1 --output_dir benchmark"
-        " --growth_batch_sizes 2 --growth_grid_sizes 1 3 --growth_depths 4"
+        " --growth_batch_sizes 2 --growth_grid_sizes 1 3 --growth_depths 4 --architecture_depths 2"
     )
     launch(ALONE, "benchmark", options, folder)
     rows = json.loads((folder / "benchmark" / "benchmark.json").read_text())["rows"]
     assert [line["section"] for line in rows] == [
-        "decode", "train", *["quantize"] * 2, *["tokenize"] * 3, "extract", *["growth"] * 4
+        "decode", "train", *["quantize"] * 2, *["tokenize"] * 3, "extract", *["growth"] * 4, *["architectures"] * 4
     ]  # fmt: skip
     assert all(line["ours"] > 0 and "reference" not in line for line in rows)
     assert rows[0]["times_floor"] > 0 and rows[0]["times_packed_floor"] > 0 and rows[1]["mfu"] > 0
     assert rows[0]["first_call_s"] > 0
     assert 0 < rows[6]["grey_levels"] < 255
-    grown = [(line["against"], line["value"]) for line in rows[-4:]]
+    grown = [(line["against"], line["value"]) for line in rows[-8:-4]]
     assert grown == [("batch", 2), ("grid", 1), ("grid", 3), ("depth", 4)]
+    sizes = [int(re.search(r"(\d+)M", line["what"])[1]) for line in rows[-4:]]
+    assert max(sizes) - min(sizes) <= 0.05 * max(sizes)  # the two architectures have as many parameters
     for name in ("growth_batch.png", "growth_grid_depth.png"):
         with Image.open(folder / "benchmark" / name) as plot:
             assert np.ptp(np.asarray(plot.convert("L"))) > 200
