@@ -211,14 +211,16 @@ def main(args: ExtractionArguments) -> None:
         "num_images": len(dataset) if isinstance(dataset, ImageDataset) else None,
         "num_parts": dataset.num_parts(args.shard_size),
         "class_names": dataset.class_names,
+        "files_digest": dataset.files_digest,
         "vqvae": fingerprint(vae),
         "vqvae_config": model_settings(vae),
     }
     record = Path(args.output_dir, "extraction.json")
-    if record.is_file() and "vqvae_config" not in read_json(record):
-        del settings["vqvae_config"]
-        if state.is_main_process:
-            print(f"{record} does not record the tokenizer's configuration, which is therefore not compared.")
+    for name, what in (("vqvae_config", "the tokenizer's configuration"), ("files_digest", "the names of the files")):
+        if record.is_file() and name not in read_json(record):
+            del settings[name]
+            if state.is_main_process:
+                print(f"{record} does not record {what}: not compared.")
     with state.main_process_first():
         writer = CodesWriter(args.output_dir, codes_features(shape, dataset.class_names), settings)
     if writer.is_complete:

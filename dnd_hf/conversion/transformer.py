@@ -333,11 +333,16 @@ def original_transformer(
         stride = vae_config["code_patch_size"][0] * 2 ** (len(vae_config["block_out_channels"]) - 1)
         if vae_config["normalize_codes"]:
             state = {renamed(name, inverted(LLAMAGEN_TRANSFORMER_NAMES)): weight for name, weight in state.items()}
-    args = dict(
+    return {"model": state, "args": _original_args(config, stride)}
+
+
+def _original_args(config: DnDConfig, stride: int) -> dict[str, Any]:
+    """The training arguments that the official code reads a model's shape from."""
+    return dict(
         gpt_type="c2i",
         vocab_size=config.vocab_size,
         cls_token_num=1,
-        image_size=height * stride,
+        image_size=config.grid_size[0] * stride,
         downsample_size=stride,
         num_classes=config.num_classes,
         num_pred_heads=config.code_depth,
@@ -348,4 +353,3 @@ def original_transformer(
         dropout_p=config.residual_dropout,
         drop_path_rate=config.drop_path_rate,
     )
-    return {"model": state, "args": args}

@@ -168,6 +168,7 @@ class ImageSource:
         labels: the labels as they stand in the source, one for each class, in the order of `class_names`; `None`: they
             are the numbers of the classes, or the names.
         skipped: files that are no images, for [`description`], as `.svg 2, .txt 1`.
+        files_digest: SHA-256 of the names of the files, in order, where the source is a folder of images.
     """
 
     source: Any
@@ -177,6 +178,7 @@ class ImageSource:
     label_column: str | None = "label"
     labels: list[int] | None = None
     skipped: str = ""
+    files_digest: str | None = None
 
     def __post_init__(self):
         self._class_of_name = {name: number for number, name in enumerate(self.class_names)}

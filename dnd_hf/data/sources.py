@@ -1,6 +1,8 @@
 """Opens sources of labelled images: the rendered `words`, the Hub, local folders and files."""
 
+import hashlib
 import logging
+import os
 from pathlib import Path
 from textwrap import shorten
 
@@ -59,7 +61,7 @@ def load_image_dataset(
     if name == "words" and not streaming:
         words = WordImages(num_images or 100_000, seed, *transform.resolution)
         return ImageDataset(words, transform, list(words.class_names))
-    source, skipped = _open(name, split, config_name, label_column is not None, streaming)
+    source, skipped, files_digest = _open(name, split, config_name, label_column is not None, streaming)
     if not streaming and not len(source):
         raise ValueError(f"{name} has no images in {split!r}.")
     _check_image_column(name, source, image_column)
@@ -77,27 +79,30 @@ def load_image_dataset(
         if num_images > len(source):
             raise ValueError(f"{name} has {len(source)} images in {split!r}, fewer than the {num_images} asked for.")
         source = source.shuffle(seed=seed).select(range(num_images))
-    return image_dataset(source, transform, class_names, image_column, label_column, labels, count_kinds(skipped))
+    described = (class_names, image_column, label_column, labels, count_kinds(skipped), files_digest)
+    return image_dataset(source, transform, *described)
 
 
 def _open(
     name: str, split: str, config_name: str | None, with_classes: bool, streaming: bool
-) -> tuple[datasets.Dataset | datasets.IterableDataset, list[str]]:
-    """The rows of a source, and the files of a folder that are no part of it."""
+) -> tuple[datasets.Dataset | datasets.IterableDataset, list[str], str | None]:
+    """The rows of a source and, of a folder of images, the files that are no part of it and a digest of the others."""
     saved = next((path for path in (Path(name), Path(name, split)) if (path / "dataset_info.json").exists()), None)
     is_folder = not saved and config_name is None and Path(name).is_dir() and _holds_images(name)
     if streaming and (name == "words" or saved or is_folder):
         raise ValueError(f"{name} is on this machine: it needs no `streaming`.")
     if saved:
-        return datasets.load_from_disk(str(saved)), []
+        return datasets.load_from_disk(str(saved)), [], None
     if is_folder:
-        return read_image_folder(name, split, with_classes)
+        rows, skipped = read_image_folder(name, split, with_classes)
+        names = "\0".join(os.path.relpath(path, name) for path in rows["image"][:])
+        return rows, skipped, hashlib.sha256(os.fsencode(names)).hexdigest()
     is_parquet = name.endswith(".parquet")
     if Path(name).is_file() and not is_parquet:
         raise ValueError(f"{name} is a file; it must be a folder, a parquet file or a data set on the Hub.")
     source = {"path": "parquet", "data_files": name} if is_parquet else {"path": name, "name": config_name}
     try:
-        return datasets.load_dataset(**source, split=split, streaming=streaming), []
+        return datasets.load_dataset(**source, split=split, streaming=streaming), [], None
     except (ConnectionError, FileNotFoundError) as error:
         here = f"{Path(name).absolute()} does not exist, and " if not Path(name).exists() else ""
         raise FileNotFoundError(f"{name} cannot be opened: {here}{error}") from error

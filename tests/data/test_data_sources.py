@@ -173,3 +173,16 @@ def test_files_of_another_kind_and_damaged_ones_are_refused(tmp_path, image, mon
     (tmp_path / "torn.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=r"torn\.parquet cannot be read: Parquet"):
         load_image_dataset(str(tmp_path / "torn.parquet"), ImageTransform(8))
+
+
+def test_a_folder_is_known_by_the_names_of_its_files_wherever_it_lies(tmp_path, image):
+    def digest(folder: str) -> str:
+        return load_image_dataset(str(tmp_path / folder), ImageTransform(8)).files_digest
+
+    for folder, files in {"one": ("a/0.png", "b/1.png"), "two": ("a/0.png", "b/2.png")}.items():
+        for file in files:
+            (tmp_path / folder / file).parent.mkdir(parents=True)
+            image.save(tmp_path / folder / file)
+    first = digest("one")
+    (tmp_path / "one").rename(tmp_path / "moved")
+    assert digest("moved") == first != digest("two")

@@ -168,6 +168,17 @@ def test_a_start_with_other_arguments_is_refused(folder, codes, monkeypatch, cha
         extract(folder, "codes", **changes)
 
 
+def test_a_start_with_other_files_is_refused(folder, codes, monkeypatch):
+    monkeypatch.chdir(folder)
+    file = folder / "pictures" / "even" / "10.png"
+    file.rename(file.with_name("10b.png"))
+    try:
+        with pytest.raises(ValueError, match=r"codes of another extraction: files_digest was '\w+\.\.\.\w+' and is"):
+            extract(folder, "codes")
+    finally:
+        file.with_name("10b.png").rename(file)
+
+
 def test_a_start_after_the_end_changes_nothing(folder, codes, capsys):
     before = versions(codes.rglob("*"))
     extract(folder, "codes", batch_size=7)
