@@ -118,6 +118,8 @@ class ImageArguments:
 
     def load_images(self, transform: ImageTransform | WithMirrorImage | TenCrop) -> ImageDataset | ImageStream:
         """The data set these arguments name, which is described on the console; see [`load_image_dataset`]."""
+        if self.dataset_name is None:
+            raise ValueError("--dataset_name is needed: `words`, a data set on the Hub, or a folder.")
         dataset = load_image_dataset(
             self.dataset_name,
             transform,

@@ -96,11 +96,11 @@ def keep_settings(file: str | os.PathLike, settings: Mapping[str, Any], what: st
 
 def changes_of(earlier: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     """What differs between two records of settings, each with its old and its new value: "seed was 0 and is 1"."""
-    earlier, settings = (json.loads(json.dumps(dict(one))) for one in (earlier, settings))
+    old, new = (json.loads(json.dumps(dict(one))) for one in (earlier, settings))
     return [
-        f"{name} was {reprlib.repr(earlier.get(name))} and is {reprlib.repr(settings.get(name))}"
-        for name in {**settings, **earlier}
-        if earlier.get(name) != settings.get(name)
+        f"{name} was {reprlib.repr(old.get(name))} and is {reprlib.repr(new.get(name))}"
+        for name in new | old
+        if old.get(name) != new.get(name)
     ]
 
 

@@ -1,10 +1,19 @@
 """The order of training data: sample i of a run depends on the seed and i alone, so a run can resume anywhere."""
 
 from functools import lru_cache
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
+
+
+class SizedDataset(Protocol):
+    """A map-style data set that knows its length."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 class TrainingStream(Dataset):
@@ -20,7 +29,7 @@ class TrainingStream(Dataset):
         first_sample: where the stream starts, counted from the start of the run.
     """
 
-    def __init__(self, dataset: Dataset, num_samples: int, seed: int, first_sample: int = 0):
+    def __init__(self, dataset: SizedDataset, num_samples: int, seed: int, first_sample: int = 0):
         if not len(dataset):
             raise ValueError("the training data set is empty.")
         self.dataset, self.num_samples, self.seed, self.first_sample = dataset, num_samples, seed, first_sample
@@ -50,7 +59,7 @@ def shuffled(length: int, seed: int) -> torch.Tensor:
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed))
 
 
-def hold_out(dataset: Dataset, num_items: int, seed: int, group_size: int = 1) -> tuple[Subset, Subset]:
+def hold_out(dataset: SizedDataset, num_items: int, seed: int, group_size: int = 1) -> tuple[Subset, Subset]:
     """Splits a dataset at random into (the rest, at least `num_items` held-out items).
 
     Args:
@@ -67,4 +76,5 @@ def hold_out(dataset: Dataset, num_items: int, seed: int, group_size: int = 1) -
         raise ValueError(f"cannot hold {num_items} items out of a data set of {len(dataset)}.")
     order = shuffled(len(dataset) // group_size, seed)
     items = (order[:, None] * group_size + torch.arange(group_size)).flatten().tolist()
-    return Subset(dataset, items[groups * group_size :]), Subset(dataset, items[: groups * group_size])
+    source = cast(Dataset, dataset)
+    return Subset(source, items[groups * group_size :]), Subset(source, items[: groups * group_size])

@@ -1,6 +1,7 @@
 """The images of a training run: what it trains on, and what it holds out for validation."""
 
 from dataclasses import replace
+from typing import Literal
 
 from torch.utils.data import Dataset, Subset
 
@@ -19,10 +20,15 @@ def load_training_images(args: RunArguments, size: tuple[int, int]) -> tuple[Ima
     Raises:
         ValueError: see [`load_image_dataset`] and [`hold_out`].
     """
-    crop = "random" if args.random_crop else "center"
+    crop: Literal["random", "center"] = "random" if args.random_crop else "center"
     dataset = args.load_images(ImageTransform(size, crop, args.random_flip, args.crop_range, args.background))
+    if not isinstance(dataset, ImageDataset):
+        raise ValueError("`streaming` data cannot be trained on, whose samples come in random order.")
     train_set, held_out = hold_out(dataset, args.num_validation_images, args.seed)
     center = ImageTransform(size, crop_range=args.crop_range, background=args.background)
     centered = replace(dataset, transform=center)
-    parts = (train_set, Subset(centered, held_out.indices))
-    return dataset, *(ReplaceBrokenImages(part, args.max_broken_share, len(dataset)) for part in parts)
+
+    def without_broken(part: Subset) -> ReplaceBrokenImages:
+        return ReplaceBrokenImages(part, args.max_broken_share, len(dataset))
+
+    return dataset, without_broken(train_set), without_broken(Subset(centered, held_out.indices))

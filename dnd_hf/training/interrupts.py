@@ -4,6 +4,7 @@ import signal
 import threading
 import time
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,8 @@ class StopRequest:
     """
 
     def __init__(self, accelerator: Accelerator):
-        self.signal, self.received, self.earlier = 0, 0.0, {}
+        self.signal, self.received = 0, 0.0
+        self.earlier: dict[signal.Signals, Any] = {}
         # Agreed on by the hosts, so that no accelerator waits.
         self.group = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 

@@ -30,6 +30,8 @@ class WeightAverage(EMAModel):
         decay: in [0, 1).
     """
 
+    shadow_params: list[Tensor]
+
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float):
         super().__init__([parameter.detach().float() for parameter in parameters], decay, foreach=True)
 

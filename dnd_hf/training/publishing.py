@@ -141,7 +141,7 @@ def _command(args: RunArguments) -> str:
     lines = [f"accelerate launch {Path(sys.argv[0]).name}"]
     for field in fields(args):
         value = getattr(args, field.name)
-        default = field.default if field.default is not MISSING else field.default_factory()
+        default = field.default if field.default_factory is MISSING else field.default_factory()
         if value == default or field.name.startswith(("hub_", "push_", "resume_")):
             continue
         values = value if isinstance(value, list) else [value]

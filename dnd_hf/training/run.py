@@ -5,7 +5,7 @@ import math
 import signal
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -16,14 +16,14 @@ import torch
 from accelerate.utils import DistributedType, broadcast_object_list
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from ..figures import plot_training_curves, save_image_grid
 from ..files import locked
 from .checkpoints import find_checkpoint, remove_unfinished, save_checkpoint
-from .data_order import TrainingStream, mixed_seed
+from .data_order import SizedDataset, TrainingStream, mixed_seed
 from .environment import RunEnvironment
 from .interrupts import StopRequest, ignore_stop_signals
 from .metrics import MetricsWindow, read_metrics
@@ -61,7 +61,7 @@ class TrainingRun(ABC):
         environment: RunEnvironment,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        dataset: Dataset,
+        dataset: SizedDataset,
         collate: Callable,
         tokens_per_sample: int,
         flops_per_sample: int,
@@ -168,7 +168,7 @@ class TrainingRun(ABC):
         if self._is_validation_missing():
             self._validate(step)
         self.window.restart()
-        with closing(iter(self._batches())) as batches:  # which ends the workers
+        with closing(self._batches()) as batches:  # which ends the workers
             for index, batch in enumerate(batches, start=step * args.gradient_accumulation_steps):
                 torch.manual_seed(mixed_seed(args.seed, index, self.accelerator.process_index))
                 self.window.add(self.train_step(batch, step))
@@ -255,7 +255,7 @@ class TrainingRun(ABC):
         _, path = find_checkpoint(self.output_dir, "latest")
         return f"The last good checkpoint is {path}." if path else "There is no checkpoint yet."
 
-    def _batches(self) -> DataLoader:
+    def _batches(self) -> Generator[dict[str, Tensor], None, None]:
         args, samples_per_step = self.args, self.environment.samples_per_step
         num_samples, first_sample = args.max_train_steps * samples_per_step, self.first_step * samples_per_step
         loader = DataLoader(
@@ -266,7 +266,7 @@ class TrainingRun(ABC):
             worker_init_fn=ignore_stop_signals,
             pin_memory=torch.cuda.is_available(),
         )
-        return self.accelerator.prepare(loader)
+        yield from self.accelerator.prepare(loader)
 
     def _log(self, step: int) -> None:
         means, passes, seconds = self.window.close(self.accelerator)

@@ -71,7 +71,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _deepspeed_classes() -> list[type]:
+def _deepspeed_classes() -> list[Any]:
     """Those of `DEEPSPEED`, where it is in use."""
     if "deepspeed" not in sys.modules:
         return []
