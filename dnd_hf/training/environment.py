@@ -1,6 +1,7 @@
 """RunEnvironment: what a training run needs before its model: devices, precision, trackers, checkpoint, repository."""
 
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -34,6 +35,8 @@ class RunEnvironment:
             raise ValueError(
                 f"{args.output_dir} holds checkpoints: give another `output_dir`, or `resume_from_checkpoint` latest."
             )
+        # Accelerate knows the option below by its old name only.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),
             mixed_precision=_mixed_precision(args),

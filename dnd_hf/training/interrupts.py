@@ -1,4 +1,4 @@
-"""StopRequest: Ctrl-C and SIGTERM let a run finish its step and write a checkpoint."""
+"""StopRequest: after Ctrl-C or SIGTERM a run finishes its step and writes a checkpoint."""
 
 import signal
 import threading
@@ -7,13 +7,16 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 REPEAT_SECONDS = 2.0
 """A launcher passes Ctrl-C on to processes that have got it already: that is one request, not two."""
+
+
+STEPS_BETWEEN_QUESTIONS = 10
+"""Several processes ask one another this seldom, because accelerators wait for the answer."""
 
 
 class StopRequest:
@@ -24,10 +27,8 @@ class StopRequest:
     """
 
     def __init__(self, accelerator: Accelerator):
-        self.signal, self.received = 0, 0.0
+        self.accelerator, self.signal, self.received = accelerator, 0, 0.0
         self.earlier: dict[signal.Signals, Any] = {}
-        # Agreed on by the hosts, so that no accelerator waits.
-        self.group = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
@@ -38,13 +39,14 @@ class StopRequest:
         for one, handler in self.earlier.items():
             signal.signal(one, handler)
 
-    def agreed(self) -> int:
-        """The signal that one of the processes has got, or 0; to be called by all at the same step."""
-        if self.group is None:
+    def agreed(self, step: int) -> int:
+        """The signal that one of the processes has got, or 0; to be called by all after each step."""
+        if self.accelerator.num_processes == 1:
             return self.signal
-        received = torch.tensor(self.signal)
-        dist.all_reduce(received, dist.ReduceOp.MAX, self.group)
-        return int(received)
+        if step % STEPS_BETWEEN_QUESTIONS:
+            return 0
+        received = torch.tensor([self.signal], device=self.accelerator.device)
+        return int(self.accelerator.gather(received).max())
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -52,7 +54,7 @@ class StopRequest:
             raise KeyboardInterrupt
         if not self.signal:
             self.signal, self.received = number, now
-            print(f"\n{signal.Signals(number).name}: stopping after this step.", flush=True)
+            print(f"\n{signal.Signals(number).name}: stopping soon, with a checkpoint.", flush=True)
 
 
 def ignore_stop_signals(worker: int) -> None:

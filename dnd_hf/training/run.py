@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import signal
 import sys
 from abc import ABC, abstractmethod
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate.utils import DistributedType, broadcast_object_list
 from PIL import Image
 from torch import Tensor, nn
@@ -132,14 +134,17 @@ class TrainingRun(ABC):
                 print(as_text(self.summary()), flush=True)
             accelerator.wait_for_everyone()
             accelerator.init_trackers("dnd_hf", {name: str(value) for name, value in asdict(args).items()})
-            with StopRequest(accelerator) as stop:
+            with StopRequest(accelerator) as stop, self._connected():
                 self._run_steps(stop)
             self.progress.close()
             self._export(self.output_dir)
             if accelerator.is_main_process:
                 write_model_card(args, self.environment.repo_id, accelerator, len(self.dataset))
+            # Gloo's threads may be holding on to tensors of the last reduction, and block the end of a process then.
+            accelerator.wait_for_everyone()
             accelerator.end_training()
-        accelerator.print(f"Saved to {self.output_dir}. Next: {self.next_command()}")
+        if accelerator.is_main_process:
+            print(f"Saved to {self.output_dir}. Next: {self.next_command()}")
         if self.environment.repo_id is not None:
             upload_run(self.output_dir, self.environment.repo_id)
 
@@ -161,7 +166,8 @@ class TrainingRun(ABC):
             told = check_settings(checkpoint, self.args, self.facts())
             check_pickles(checkpoint)
             self.accelerator.load_state(str(checkpoint))
-            self.accelerator.print(f"Resumed at step {self.first_step:,} from {checkpoint}. {told}".strip())
+            if self.accelerator.is_main_process:
+                print(f"Resumed at step {self.first_step:,} from {checkpoint}. {told}".strip())
 
     def _run_steps(self, stop: StopRequest) -> None:
         args, step = self.args, self.first_step
@@ -178,7 +184,7 @@ class TrainingRun(ABC):
                 self.ema.step(self.model.parameters())
                 step += 1
                 self.progress.update()
-                finished, stopped = step == args.max_train_steps, stop.agreed()
+                finished, stopped = step == args.max_train_steps, stop.agreed(step)
                 checkpoint_due = step % args.checkpointing_steps == 0 or finished or stopped
                 if step % args.logging_steps == 0 or checkpoint_due:
                     self._log(step)
@@ -190,13 +196,28 @@ class TrainingRun(ABC):
                     if step % args.validation_steps == 0 or finished:
                         self._validate(step)
 
+    @contextmanager
+    def _connected(self) -> Iterator[None]:
+        """Says in plain words that another process, or its machine, is gone."""
+        try:
+            yield
+        except RuntimeError as error:
+            lost = isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), flags=re.IGNORECASE)
+            if self.accelerator.num_processes == 1 or not lost:
+                raise
+            raise RuntimeError(
+                f"the connection to another process is lost; its own output says why. {self.last_good_checkpoint}"
+                " Start all processes again, with `resume_from_checkpoint` latest."
+            ) from error
+
     def _leave(self, step: int, number: int) -> NoReturn:
         self.progress.close()
         self.accelerator.end_training()
-        self.accelerator.print(
-            f"Stopped by {signal.Signals(number).name} after step {step:,}; {self.output_dir}/checkpoint-{step} is"
-            " written. To resume, give the same command with --resume_from_checkpoint latest."
-        )
+        if self.accelerator.is_main_process:
+            print(
+                f"Stopped by {signal.Signals(number).name} after step {step:,}; {self.output_dir}/checkpoint-{step} is"
+                " written. To resume, give the same command with --resume_from_checkpoint latest."
+            )
         sys.exit(128 + number)
 
     def _is_validation_missing(self) -> bool:
