@@ -155,6 +155,7 @@ def test_two_processes_that_were_killed_leave_the_same_rows_as_one_that_was_not(
     [
         ({"ten_crop": False}, "ten_crop was True and is False"),
         ({"crop_range": 1.2}, r"crop_range was 1\.1 and is 1\.2"),
+        ({"background": "black"}, "background was 'white' and is 'black'"),
         ({"sample_size": 8}, r"sample_size was \[16, 16\] and is \[8, 8\]"),
         ({"num_train_images": 8}, "num_train_images was None and is 8; num_images was 44 and is 8"),
         ({"vqvae": "other"}, r"codes of another extraction: vqvae was '\w+\.\.\.\w+' and is"),
