@@ -54,7 +54,8 @@ class StopRequest:
             raise KeyboardInterrupt
         if not self.signal:
             self.signal, self.received = number, now
-            print(f"\n{signal.Signals(number).name}: stopping soon, with a checkpoint.", flush=True)
+            if self.accelerator.is_main_process:
+                print(f"\n{signal.Signals(number).name}: stopping soon, with a checkpoint.", flush=True)
 
 
 def ignore_stop_signals(worker: int) -> None:
