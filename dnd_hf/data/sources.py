@@ -4,14 +4,12 @@ import hashlib
 import logging
 import os
 from pathlib import Path
-from textwrap import shorten
 
 import datasets
-import pyarrow as pa
-from datasets.exceptions import DatasetGenerationError
 
 from .folders import METADATA_FILES, count_kinds, is_image, list_files, read_image_folder
 from .images import ImageDataset, ImageStream, ImageTransform, TenCrop, WithMirrorImage
+from .rows import open_rows
 from .words import WordImages
 
 
@@ -101,13 +99,7 @@ def _open(
     if Path(name).is_file() and not is_parquet:
         raise ValueError(f"{name} is a file; it must be a folder, a parquet file or a data set on the Hub.")
     source = {"path": "parquet", "data_files": name} if is_parquet else {"path": name, "name": config_name}
-    try:
-        return datasets.load_dataset(**source, split=split, streaming=streaming), [], None
-    except (ConnectionError, FileNotFoundError) as error:
-        here = f"{Path(name).absolute()} does not exist, and " if not Path(name).exists() else ""
-        raise FileNotFoundError(f"{name} cannot be opened: {here}{error}") from error
-    except (DatasetGenerationError, pa.ArrowInvalid) as error:
-        raise ValueError(f"{name} cannot be read: {shorten(str(error.__cause__ or error), 200)}") from error
+    return open_rows(name, **source, split=split, streaming=streaming), [], None
 
 
 def _holds_images(folder: str) -> bool:

@@ -20,11 +20,11 @@ from typing import Literal
 import datasets
 import numpy as np
 from datasets import Features, Value
-from datasets.exceptions import DatasetGenerationError
 from PIL import Image, ImageDraw, ImageFont
 
 from ..ops.number_checks import height_width
 from .image_shards import Note
+from .rows import open_rows
 
 
 DEFAULT_FONTS = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono")
@@ -290,12 +290,11 @@ def load_texts(
     options = {"path": kind, "data_files": name} if kind else {"path": name, "name": config_name}
     if kind == "text":
         options["sample_by"] = sample_by
+    rows = open_rows(name, split=split, streaming=streaming, **options)
     try:
-        rows = datasets.load_dataset(split=split, streaming=streaming, **options)
         first = next(iter(rows), None)
-    except (UnicodeDecodeError, DatasetGenerationError) as error:
-        reason = shorten(str(error.__cause__ or error), 200)
-        raise ValueError(f"{name} cannot be read, it must be {kind or 'data'} in UTF-8: {reason}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} cannot be read: {shorten(str(error), 200)}") from error
     if first is None:
         raise ValueError(f"{name} has no texts in {split!r}.")
     if column not in first:

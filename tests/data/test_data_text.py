@@ -244,11 +244,16 @@ def test_files_of_any_other_name_are_text(tmp_path, monkeypatch, name):
     assert [text.strip() for _, text in load_texts(str(tmp_path / name))] == ["one", "two"]
 
 
+def test_texts_that_are_not_there_are_said_to_be_neither_here_nor_on_the_hub(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"/book cannot be opened: .*/book does not exist, and "):
+        load_texts(str(tmp_path / "book"))
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_file_that_is_no_text_is_refused(tmp_path, monkeypatch, streaming):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "book").write_bytes(bytes(range(256)))
-    with pytest.raises(ValueError, match=r"book cannot be read, it must be text in UTF-8: 'utf-8' codec can't decode"):
+    with pytest.raises(ValueError, match=r"book cannot be read: 'utf-8' codec can't decode"):
         load_texts(str(tmp_path / "book"), streaming=streaming)
 
 
