@@ -10,7 +10,7 @@ accelerate launch examples/evaluate.py --task generation --model dnd --reference
     --output_dir runs/generation
 """
 
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Literal
 
 from transformers.hf_argparser import HfArg
@@ -67,10 +67,11 @@ def main(args: EvaluationArguments) -> None:
     if args.state.num_processes > 1 and args.task not in SHARED_BY_PROCESSES:
         raise ValueError(f"the `task` {args.task} runs in one process: start it without `accelerate launch`.")
     import_figure()  # so that a missing package shows before the long work
-    module, _ = TASKS[args.task]
+    module, options_class = TASKS[args.task]
     report = module.run(args)
     if args.state.is_main_process:
-        report.write(args.output_dir, args.task, asdict(args), args.run_device)
+        settings = {field.name: getattr(args, field.name) for field in fields(options_class)}
+        report.write(args.output_dir, args.task, settings, args.run_device)
         print(report.markdown(args.task).rstrip())
         print(f"written to {args.folder / 'results.json'} and {args.folder / 'results.md'}")
     args.state.wait_for_everyone()

@@ -32,6 +32,9 @@ from .reports import Report
 from .sampling import check_balance, sample_images, write_npz
 
 
+SETTING_NAMES = ("guidance_scale", "guidance_schedule", "guidance_power")
+
+
 @dataclass
 class GenerationOptions(SamplesOptions, FeatureOptions):
     """Options of the task."""
@@ -125,8 +128,12 @@ def search_guidance(
     if presets:
         report.details |= {"search": rows, "presets": presets}
         write_json(options.folder / "presets.json", presets)
+        columns = [*SETTING_NAMES, "fid", "inception_score", "precision", "recall", "num_images"]
+        report.tables["Guidance"] = [{name: row.get(name) for name in columns} for row in rows]
         for kind, preset in presets.items():
-            report.images[f"search/{_file_name(preset)}.png"] = f"The preset `{kind}`: {preset}"
+            file = f"search/{_file_name(preset)}.png"
+            caption = f"preset `{kind}`: {', '.join(f'{name} {value}' for name, value in preset.items())}"
+            report.images[file] = f"{report.images[file]}; {caption}" if file in report.images else caption
     (best,) = broadcast_object_list([presets["fid"] if presets else None])
     return best
 
@@ -295,5 +302,6 @@ def choose_presets(rows: Sequence[dict]) -> dict[str, dict]:
         "fid": min(rows, key=lambda row: row["fid"]),
         "visual": min(rows, key=lambda row: (-row["precision"], row["fid"])),
     }
-    names = ("guidance_scale", "guidance_schedule", "guidance_power")
-    return {kind: {name: row[name] for name in names if row.get(name) is not None} for kind, row in best.items()}
+    return {
+        kind: {name: row[name] for name in SETTING_NAMES if row.get(name) is not None} for kind, row in best.items()
+    }

@@ -45,6 +45,7 @@ class Report:
         failures: what was left out: dicts of `model` and those of [`Failure`].
         images: captions of image files in the folder of the results, by their names.
         not_measured: why, by the name of the metric.
+        tables: further tables, by their headings in results.md.
         details: what else stands in results.json, by its key there.
     """
 
@@ -52,6 +53,7 @@ class Report:
     failures: list[dict[str, Any]] = field(default_factory=list)
     images: dict[str, str] = field(default_factory=dict)
     not_measured: dict[str, str] = field(default_factory=dict)
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
     def add_failures(self, model: str, failures: Sequence[Failure]) -> None:
@@ -59,8 +61,10 @@ class Report:
         self.failures += [{"model": model, **failure.to_dict()} for failure in failures]
 
     def markdown(self, task: str) -> str:
-        """A heading, the table, what was not measured and what was left out."""
+        """A heading, the tables, what was not measured and what was left out."""
         lines = [f"# {task}", "", markdown_table(self.rows), ""]
+        for heading, rows in self.tables.items():
+            lines += [f"## {heading}", "", markdown_table(rows), ""]
         for metric, reason in self.not_measured.items():
             lines += [f"Not measured: {metric}, because {reason}", ""]
         lines += [f"{len(self.failures)} images were left out" + (":" if self.failures else "."), ""]

@@ -23,7 +23,9 @@ def test_results_are_written_as_json_and_as_a_page_that_shows_the_images(tmp_pat
 def test_what_was_left_out_and_what_was_not_measured_is_said():
     report = Report(rows=[{"model": "a"}], not_measured={"rfid": "no features"})
     report.add_failures("a", [Failure(i, "open", "it is torn") for i in range(150)])
+    report.tables["Guidance"] = [{"guidance_scale": 2.0}]
     page = report.markdown("rocr")
+    assert "## Guidance\n\n| guidance_scale |\n|---|\n| 2 |" in page
     assert "Not measured: rfid, because no features\n" in page
     assert "150 images were left out:" in page and page.count("it is torn") == 100
     assert "| a | 7 | open | it is torn |" in page and "... and 50 more, in results.json." in page

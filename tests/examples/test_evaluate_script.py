@@ -124,6 +124,8 @@ def test_generation_searches_guidance_then_samples_with_the_best(evaluate, make_
     assert len(results["search"]) == 4 and results["presets"]["fid"]["guidance_scale"] == best["guidance_scale"]
     assert json.loads((tmp_path / "out" / "presets.json").read_text()) == results["presets"]
     assert results["sampling"] == {"temperature": 0.9, **results["presets"]["fid"]}
+    assert "| guidance_scale | guidance_schedule | fid |" in markdown and "preset `visual`: guidance_scale" in markdown
+    assert results["settings"]["num_search_images"] == 8 and "depths" not in results["settings"]  # of another task
     (row,) = results["rows"]
     assert row["num_images"] == 12 and row["fid"] > 0 and 0 <= row["precision"] <= 1
     assert row["inception_score"] is None and "| fid |" in markdown
