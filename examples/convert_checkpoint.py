@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["dnd-hf"]
+#
+# [tool.uv.sources]
+# dnd-hf = { path = "..", editable = true }
+# ///
 """Converts official checkpoints to this package's folders, and back; docs/checkpoints.md has a command for each.
 
 python examples/convert_checkpoint.py --transformer_checkpoint XXL.pt --rqvae_checkpoint rqvae/model.pt \

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["dnd-hf[eval,fid]"]
+#
+# [tool.uv.sources]
+# dnd-hf = { path = "..", editable = true }
+# ///
 """Measures tokenizers and pipelines; writes results.json, results.md and images. See docs/evaluation.md.
 
 python examples/evaluate.py --task words --model words --output_dir runs/evaluate-words

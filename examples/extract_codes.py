@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["dnd-hf[text]"]
+#
+# [tool.uv.sources]
+# dnd-hf = { path = "..", editable = true }
+# ///
 """Turns pictures into a dataset of codes, so that training the transformer need not run the tokenizer.
 
 python examples/extract_codes.py --dataset_name words --num_train_images 50000 --vqvae rqvae-words --output_dir codes

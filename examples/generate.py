@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["dnd-hf"]
+#
+# [tool.uv.sources]
+# dnd-hf = { path = "..", editable = true }
+# ///
 """Generates images with a trained pipeline and writes them as one grid, each from its own seed.
 
 python examples/generate.py

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["dnd-hf[pdf]"]
+#
+# [tool.uv.sources]
+# dnd-hf = { path = "..", editable = true }
+# ///
 """Cuts random crops from the pages of PDFs, each kept with the text inside it, as in the paper's arXiv-Image data set.
 
 python examples/make_pdf_images.py --pdf_dir papers --output_dir pdf-images

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["dnd-hf[text]"]
+#
+# [tool.uv.sources]
+# dnd-hf = { path = "..", editable = true }
+# ///
 """Draws prose: images of consecutive words, each kept with its text, as in the paper's Text-Image data set.
 
 python examples/make_text_images.py --dataset_name "books/*.txt" --output_dir text-images

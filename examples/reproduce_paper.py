@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = []  # --with says where dnd-hf is: see docs/reproduce.md
 # ///
 """Reproduces the ImageNet results of arXiv 2410.01912 (Table 2) from the official files, on all GPUs of one machine.

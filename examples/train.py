@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["dnd-hf[text]"]
+#
+# [tool.uv.sources]
+# dnd-hf = { path = "..", editable = true }
+# ///
 """Trains a DnD-Transformer or an RQ-Transformer on codes of extract_codes.py, or on images with a tokenizer.
 
 python examples/train.py --codes_dir codes --size B --output_dir dnd-b

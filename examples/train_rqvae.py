@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["dnd-hf[text]"]
+#
+# [tool.uv.sources]
+# dnd-hf = { path = "..", editable = true }
+# ///
 """Trains the tokenizer: an RQVAE on any pictures, alone or on several GPUs, with LPIPS and a GAN loss where asked.
 
 python examples/train_rqvae.py --dataset_name words --sample_size 32 128 --block_out_channels 16 32 64 128 \
