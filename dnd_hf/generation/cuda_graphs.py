@@ -64,9 +64,6 @@ class GraphedLoop(SamplingLoop):
             run()
             self.graphs[read] = capture(run, self.graphs.values())
 
-    def finish(self) -> Tensor:
-        return super().finish().clone()
-
     def release(self) -> None:
         if self.cell.is_cuda:  # the next call may use another stream
             torch.cuda.current_stream(self.cell.device).synchronize()

@@ -121,18 +121,13 @@ class SamplingLoop:
         """`(images, height, width, depth)`: the codes so far; behind them the given ones, zeros elsewhere."""
         return self.codes_BLD[: self.images].unflatten(1, tuple(self.model.config.grid_size))
 
-    def finish(self) -> Tensor:
-        """The codes, behind the last step.
-
-        Raises:
-            ValueError: they were drawn from logits that are not finite.
-        """
+    def check_finite(self) -> None:
+        """Raises ValueError where codes were drawn from logits that are not finite."""
         if not self.finite_BLD[: self.images].all():
             raise ValueError(
                 "the logits are not finite numbers (NaN or infinite): the weights are broken or overflow in"
                 f" {self.model.dtype}, or `temperature` is too small or `guidance_scale` too large."
             )
-        return self.codes
 
     def release(self) -> None:
         """Ends the call, however it went."""

@@ -1,6 +1,7 @@
 """ImageGenerationMixin: adds `generate` and `score` to a model that predicts the residual codes of a grid."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 
 import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -12,7 +13,7 @@ from ..ops.tensor_checks import check_integers
 from .cuda_graphs import GraphedLoop, KeptLoops
 from .decoders import plain_runner
 from .evaluation_mode import evaluation_mode
-from .given_codes import checked_given_codes
+from .given_codes import GivenCodes, checked_given_codes
 from .guidance import guidance_scales
 from .loop import SamplingLoop
 from .noise import checked_generators, uniform_noise
@@ -33,8 +34,6 @@ class ImageGenerationMixin(GenerationMixin):
 
     _kept_loops: KeptLoops | None = None
 
-    @torch.no_grad()
-    @apply_forward_hook  # offloaded models come to the device for `generate` as they do for `forward`
     def generate(
         self,
         class_labels: Tensor | Sequence[int] | int,
@@ -90,15 +89,8 @@ class ImageGenerationMixin(GenerationMixin):
             ValueError: an argument out of its range; nothing has been computed then. Or, at the end of the loop: the
                 logits were not finite numbers.
         """
-        config = self.config
-        conditions_BT = self.check_conditions(class_labels)
-        if generation_config is None:
-            generation_config = self.generation_config
-        if not isinstance(generation_config, GenerationConfig):
-            raise ValueError(f"`generation_config` must be a GenerationConfig, got {generation_config!r}.")
-        settings = SamplingSettings.resolve(
-            config,
-            generation_config,
+        steps = self.generate_steps(
+            class_labels,
             guidance_scale=guidance_scale,
             guidance_schedule=guidance_schedule,
             guidance_power=guidance_power,
@@ -106,15 +98,64 @@ class ImageGenerationMixin(GenerationMixin):
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            generator=generator,
+            generation_config=generation_config,
+            codes=codes,
+            codes_mask=codes_mask,
         )
+        with closing(steps):
+            for cell, sampled in steps:
+                if callback is not None and callback(cell, sampled) is True:
+                    break
+        return sampled.clone()
+
+    @apply_forward_hook  # offloaded models come to the device for sampling as they do for `forward`
+    def generate_steps(
+        self,
+        class_labels: Tensor | Sequence[int] | int,
+        *,
+        generator: torch.Generator | int | Sequence[torch.Generator | int] | None = None,
+        generation_config: GenerationConfig | None = None,
+        codes: Tensor | None = None,
+        codes_mask: Tensor | None = None,
+        **settings,
+    ) -> Generator[tuple[int, Tensor], None, None]:
+        """Samples as [`generate`] does, whose arguments and errors it has, and yields after each grid cell.
+
+        The arguments are checked at once; nothing is computed before the first cell is asked for, and nothing more
+        after the last one. A generator that is closed ends the sampling.
+
+        Yields:
+            The index of a cell in raster order, and the codes so far, `(batch, height, width, depth)`. They are the
+            loop's own: to change or keep them, copy them.
+        """
+        config = self.config
+        conditions_BT = self.check_conditions(class_labels)
+        if generation_config is None:
+            generation_config = self.generation_config
+        if not isinstance(generation_config, GenerationConfig):
+            raise ValueError(f"`generation_config` must be a GenerationConfig, got {generation_config!r}.")
+        resolved = SamplingSettings.resolve(config, generation_config, **settings)
         batch, device = len(conditions_BT), conditions_BT.device
         shape = (batch, *config.grid_size, config.code_depth)
         given = checked_given_codes(codes, codes_mask, shape, config.vocab_size, device)
         generator = checked_generators(generator, batch)
         self._check_cuda_graphs(device)
+        return self._steps(resolved, conditions_BT, generator, given)
+
+    @torch.no_grad()
+    def _steps(
+        self,
+        settings: SamplingSettings,
+        conditions_BT: Tensor,
+        generator: torch.Generator | list | None,
+        given: GivenCodes | None,
+    ) -> Generator[tuple[int, Tensor], None, None]:
+        config = self.config
         noise_BLD = None
         if settings.do_sample:
-            noise_BLD = uniform_noise((batch, config.sequence_length, config.code_depth), generator, device)
+            shape = (len(conditions_BT), config.sequence_length, config.code_depth)
+            noise_BLD = uniform_noise(shape, generator, conditions_BT.device)
         scales = guidance_scales(
             settings.guidance_scale, settings.guidance_schedule, settings.guidance_power, config.sequence_length
         )
@@ -125,9 +166,11 @@ class ImageGenerationMixin(GenerationMixin):
                 for cell in range(config.sequence_length):
                     if given is None or not given.whole_L[cell]:
                         loop.step(cell)
-                    if callback is not None and callback(cell, loop.codes) is True:
-                        break
-            return loop.finish()
+                    yield cell, loop.codes
+            loop.check_finite()
+        except GeneratorExit:
+            loop.check_finite()
+            raise
         finally:
             loop.release()
 

@@ -226,3 +226,29 @@ def test_float32_models_generate_inside_autocast(implementation, make_model, any
     else:
         assert torch.equal(codes, expected)
     assert torch.equal(call(model, (1, 2)), expected)
+
+
+def test_steps_are_the_cells_and_end_in_the_codes_of_generate(make_model, any_decoder):
+    model = make_model()
+    expected = model.generate([0, 1], generator=3)
+    seen = [(cell, codes.clone()) for cell, codes in model.generate_steps([0, 1], generator=3)]
+    assert [cell for cell, _ in seen] == list(range(6)) and torch.equal(seen[-1][1], expected)
+    assert torch.equal(seen[2][1].flatten(1, 2)[:, :3], expected.flatten(1, 2)[:, :3])
+
+
+def test_steps_that_are_closed_compute_nothing_more_and_leave_nothing_behind(make_model, any_decoder):
+    model, drawn = make_model().train(), []
+    steps = model.generate_steps([0], generator=torch.Generator().manual_seed(0))
+    assert model.training and torch.is_grad_enabled()
+    next(steps)
+    assert not model.training and torch.is_grad_enabled()
+    model.layers[0].register_forward_hook(lambda *_: drawn.append(1))
+    steps.close()
+    assert model.training and not drawn
+    with pytest.raises(StopIteration):
+        next(steps)
+
+
+def test_wrong_arguments_of_steps_are_errors_before_the_first(make_model):
+    with pytest.raises(ValueError, match="`temperature` must be"):
+        make_model().generate_steps([0], temperature=0)
