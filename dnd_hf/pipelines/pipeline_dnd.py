@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..ops.number_checks import whole_number
+from .likelihood import LikelihoodMixin
 from .prompts import prompt_tokens
 from .saving import SavingMixin
 
@@ -18,7 +19,7 @@ from .saving import SavingMixin
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 
 
-class DnDPipeline(SavingMixin, DiffusionPipeline):
+class DnDPipeline(SavingMixin, LikelihoodMixin, DiffusionPipeline):
     """Class-conditional image generation with the DnD-Transformer (arXiv 2410.01912).
 
     A saved pipeline holds the code it needs: `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` loads
