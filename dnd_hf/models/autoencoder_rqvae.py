@@ -13,7 +13,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from ..ops.number_checks import check_positive, check_share, height_width, whole_number
+from ..ops.number_checks import check_not_negative, check_share, height_width, whole_number
 from ..ops.tensor_checks import can_look, check_finite, check_integers
 from .loading import LoadingMixin
 from .residual_quantizer import ResidualQuantizer
@@ -190,7 +190,11 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
     def decode(
         self, latents: Tensor, force_not_quantize: bool = False, return_dict: bool = True
     ) -> DecoderOutput | tuple[Tensor]:
-        """Latents `(batch, vq_embed_dim, height, width)`, quantized first unless `force_not_quantize`, to images."""
+        """Latents `(batch, vq_embed_dim, height, width)`, quantized first unless `force_not_quantize`, to images.
+
+        Raises ValueError on any other shape or type, and on latents that are to be quantized and are not finite.
+        """
+        self._check_decoded(latents)
         if not force_not_quantize:
             check_finite("latents", latents)
             quantized = self.quantizer.decode(self.quantizer.encode(self.cell_vectors(latents)))
@@ -213,10 +217,10 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         """
         limit = self.config.code_depth
         check_integers("codes", codes, self.config.num_vq_embeddings, wait=True)
-        if codes.ndim != 4 or codes.shape[-1] != limit:
+        if codes.ndim != 4 or codes.shape[-1] != limit or min(codes.shape) == 0:
             raise ValueError(f"`codes` must be (batch, height, width, {limit}), got shape {tuple(codes.shape)}.")
-        if depth is not None and not 1 <= depth <= limit:
-            raise ValueError(f"`depth` must lie in [1, {limit}], got {depth}.")
+        if depth is not None:
+            depth = whole_number("depth", depth, maximum=limit)
         sample = self._decode(self._from_cells(self.quantizer.decode(codes.long(), depth).to(self.dtype)))
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -262,13 +266,24 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         if not isinstance(images, Tensor) or not images.is_floating_point():
             given = images.dtype if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(f"`images` must be a floating-point tensor with values in [-1, 1], got {given}.")
-        fits = images.ndim == 4 and images.shape[1] == channels and min(images.shape[2:]) > 0
+        fits = images.ndim == 4 and images.shape[1] == channels and min(images.shape) > 0
         if not fits or images.shape[2] % row_stride or images.shape[3] % column_stride:
             raise ValueError(
                 f"`images` must be (batch, {channels}, height, width) with height a multiple of {row_stride} and width"
                 f" of {column_stride}, got shape {tuple(images.shape)}."
             )
         return self._in_parts(lambda x: self.quant_conv(self.encoder(x)), images, self.tile_size, 1 / self.stride)
+
+    def _check_decoded(self, latents: Tensor) -> None:
+        channels, (rows, columns) = self.post_quant_conv.in_channels, self.config.code_patch_size
+        fits = isinstance(latents, Tensor) and latents.is_floating_point() and latents.ndim == 4
+        fits = fits and latents.shape[1] == channels and min(latents.shape) > 0
+        if not fits or latents.shape[2] % rows or latents.shape[3] % columns:
+            given = f"{latents.dtype} {tuple(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
+            raise ValueError(
+                f"`latents` must be floating-point (batch, {channels}, height, width) with height a multiple of {rows}"
+                f" and width of {columns}, got {given}."
+            )
 
     def _decode(self, latents: Tensor) -> Tensor:
         tile = tuple(size // self.stride for size in self.tile_size)
@@ -294,6 +309,9 @@ def _check_config(config: Mapping) -> None:
         if name != "vq_embed_dim" or config[name] is not None:
             whole_number(name, config[name], maximum=largest)
     channels, groups = config["block_out_channels"], config["norm_num_groups"]
+    for name in ("block_out_channels", *(name for name in RQVAE_BLOCKS if config[name] is not None)):
+        if not isinstance(config[name], list | tuple):
+            raise ValueError(f"`{name}` must be a list with an entry for each level, got {config[name]!r}.")
     levels = len(channels)
     if not 1 <= levels <= 16:
         raise ValueError(f"`block_out_channels` must have 1 to 16 levels, got {levels}.")
@@ -312,9 +330,8 @@ def _check_config(config: Mapping) -> None:
     if not isinstance(patch, list | tuple) or len(patch) != 2:
         raise ValueError(f"`code_patch_size` must be (rows, columns), got {patch}.")
     check_share("ema_decay", config["ema_decay"])
-    if config["commitment_weight"] != 0:
-        check_positive("commitment_weight", config["commitment_weight"])
-    if config["act_fn"] not in ACT2CLS:
+    check_not_negative("commitment_weight", config["commitment_weight"])
+    if not isinstance(config["act_fn"], str) or config["act_fn"] not in ACT2CLS:
         raise ValueError(f"`act_fn` must be one of {', '.join(ACT2CLS)}, got {config['act_fn']!r}.")
     for name in ("shared_codebook", "restart_unused_codes", "mid_block_add_attention", "normalize_codes"):
         if not isinstance(config[name], bool):

@@ -118,7 +118,7 @@ class DnDConfig(PreTrainedConfig):
         self.grid_size = list(height_width("grid_size", self.grid_size, LARGEST_GRID_SIDE))
         if self.depth_mode not in DEPTH_MODES:
             raise ValueError(f"`depth_mode` must be one of {DEPTH_MODES}, got {self.depth_mode!r}.")
-        if self.hidden_act not in ACT2FN:
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` must be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}.")
         if self.tie_word_embeddings:
             raise ValueError(
@@ -131,6 +131,8 @@ class DnDConfig(PreTrainedConfig):
         super().__post_init__(num_labels=self.num_classes, **kwargs)
 
     def _set_num_classes(self, num_labels: int | None) -> None:
+        if not isinstance(self.id2label, dict | None):
+            raise ValueError(f"`id2label` must be a dict of names by class, got {self.id2label!r}.")
         named = None if self.id2label is None else len(self.id2label)
         if self.num_classes is None:
             self.num_classes = num_labels if num_labels is not None else named or 1000

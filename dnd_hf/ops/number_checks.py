@@ -48,5 +48,11 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"`{name}` must be finite and greater than 0, got {value}.")
 
 
+def check_not_negative(name: str, value: float) -> None:
+    """Raises ValueError, starting with `name`, unless `value` is finite and at least 0."""
+    if not (_is_number(value) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"`{name}` must be finite and at least 0, got {value}.")
+
+
 def _is_number(value: float) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)

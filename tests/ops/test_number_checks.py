@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dnd_hf.ops.number_checks import check_positive, check_share, height_width, whole_number
+from dnd_hf.ops.number_checks import check_not_negative, check_positive, check_share, height_width, whole_number
 
 
 NAN, INF = float("nan"), float("inf")
@@ -54,3 +54,11 @@ def test_a_positive_number_is_finite_and_greater_than_0(value):
         check_positive("eps", number)
     with pytest.raises(ValueError, match="`eps` must be finite and greater than 0, got"):
         check_positive("eps", value)
+
+
+@pytest.mark.parametrize("value", [-1e-5, NAN, INF, True, "1", None])
+def test_a_number_that_is_not_negative_is_finite_and_at_least_0(value):
+    for number in (0, 0.0, 1e-300, 2):
+        check_not_negative("weight", number)
+    with pytest.raises(ValueError, match="`weight` must be finite and at least 0, got"):
+        check_not_negative("weight", value)
