@@ -48,7 +48,7 @@ class SamplingArguments:
 
     guidance_scale: float | None = HfArg(default=None, help="Default of this and the next five: the checkpoint's own.")
     guidance_schedule: Literal["constant", "linear", "power-cosine"] | None = HfArg(
-        default=None, help="How the guidance grows from the first position of a picture to the last."
+        default=None, help="How the guidance grows from the first position of an image to the last."
     )
     guidance_power: float | None = HfArg(default=None, help="Of power-cosine; the greater, the later it sets in.")
     temperature: float | None = HfArg(default=None, help="The logits are divided by it.")
@@ -64,16 +64,16 @@ class SamplingArguments:
 
 @dataclass
 class ImageArguments:
-    """Where the pictures come from."""
+    """Where the images come from."""
 
     dataset_name: str | None = HfArg(
         default=None,
-        help="`words` (rendered while training), a data set on the Hub, a folder of pictures or parquet files, one"
+        help="`words` (rendered while training), a data set on the Hub, a folder of images or parquet files, one"
         " parquet file, or a folder written by save_to_disk.",
     )
     dataset_config_name: str | None = HfArg(default=None, help="Configuration of the data set on the Hub.")
     dataset_split: str = HfArg(default="train", help="Split of the data set.")
-    image_column: str = HfArg(default="image", help="Column of the pictures.")
+    image_column: str = HfArg(default="image", help="Column of the images.")
     label_column: str = HfArg(
         default="label",
         help='Column of the labels, integers or strings; "" for one class, like a data set without "label".',
@@ -86,10 +86,10 @@ class ImageArguments:
     )
     max_broken_share: float = HfArg(
         default=0.01,
-        help="Pictures that cannot be decoded are reported and left out; with more than this share, the run stops.",
+        help="Images that cannot be decoded are reported and left out; with more than this share, the run stops.",
     )
     crop_range: float = HfArg(
-        default=1.0, help="Pictures first cover this many times their size, then are cropped; the paper's is 1.1."
+        default=1.0, help="Images first cover this many times their size, then are cropped; the paper's is 1.1."
     )
     background: str = HfArg(
         default="white", help="What transparent images are laid on: white, black or #RRGGBB (in quotes)."
@@ -141,8 +141,8 @@ class RunArguments(ImageArguments):
     """How a training run goes; the defaults that differ between scripts are set there."""
 
     output_dir: str = HfArg(default="output", help="Folder of the result, checkpoints, metrics and samples.")
-    random_flip: bool = HfArg(default=False, help="Mirror half of the training pictures; not for text.")
-    random_crop: bool = HfArg(default=False, help="Crop training pictures at random instead of at the center.")
+    random_flip: bool = HfArg(default=False, help="Mirror half of the training images; not for text.")
+    random_crop: bool = HfArg(default=False, help="Crop training images at random instead of at the center.")
     train_batch_size: int = HfArg(default=32, help="Samples a forward pass, for each process.")
     gradient_accumulation_steps: int = HfArg(default=1, help="Forward passes a step of the optimizer.")
     max_train_steps: int = HfArg(default=100_000, help="Steps of the optimizer.")
@@ -165,7 +165,7 @@ class RunArguments(ImageArguments):
     )
     logging_steps: int = HfArg(default=50, help="Steps between lines of metrics.jsonl.")
     validation_steps: int = HfArg(default=2000, help="Steps between validations and sample grids.")
-    num_validation_images: int = HfArg(default=256, help="Pictures held out of training for validation.")
+    num_validation_images: int = HfArg(default=256, help="Images held out of training for validation.")
     checkpointing_steps: int = HfArg(default=2000, help="Steps between checkpoints.")
     checkpoints_total_limit: int = HfArg(default=2, help="Older checkpoints are deleted.")
     resume_from_checkpoint: str | None = HfArg(

@@ -5,12 +5,12 @@
 # [tool.uv.sources]
 # dnd-hf = { path = "..", editable = true }
 # ///
-"""Turns pictures into a dataset of codes, so that training the transformer need not run the tokenizer.
+"""Turns images into a dataset of codes, so that training the transformer need not run the tokenizer.
 
 python examples/extract_codes.py --dataset_name words --num_train_images 50000 --vqvae rqvae-words --output_dir codes
 accelerate launch examples/extract_codes.py --dataset_name photos --ten_crop --vqvae rqvae --output_dir codes-photos
 
-The same command goes on where the last one was stopped, however it was. In the end every picture is there exactly once,
+The same command continues where the last one was stopped, however it was. In the end every image is there exactly once,
 in the order of the source, except for broken ones, which `broken_images.jsonl` lists. Codes are computed in float32,
 whatever the hardware prefers, because rounding changes them.
 """
@@ -72,10 +72,10 @@ DATA_OPTIONS = (
     "background",
     "shard_size",
 )
-"""Options that decide which rows there are; an extraction goes on only where all of them are the same."""
+"""Options that decide which rows there are; an extraction continues only if all of them are the same."""
 
 PRESUMED_STREAM_LENGTH = 10_000
-"""Until more of a stream's pictures, or all, have been read, broken ones are judged as a share of this many."""
+"""Until more of a stream's images, or all, have been read, broken ones are judged as a share of this many."""
 
 
 @dataclass
@@ -86,18 +86,18 @@ class ExtractionArguments(ImageArguments):
     output_dir: str | None = HfArg(default=None, help="Folder of the codes and a copy of the tokenizer.")
     sample_size: list[int] | None = HfArg(default=None, help="Height and width in pixels; default: the tokenizer's.")
     ten_crop: bool = HfArg(
-        default=False, help="Ten rows a picture: four corners, the center, and their mirror images; not for text."
+        default=False, help="Ten rows for each image: four corners, the center, and their mirror images; not for text."
     )
     with_mirror_image: bool = HfArg(
-        default=False, help="Two rows a picture, one mirrored; --ten_crop has them already."
+        default=False, help="Two rows for each image, one mirrored; --ten_crop has them already."
     )
     crop_range: float | None = HfArg(
         default=None,
-        help="Pictures first cover this many times their size, then are cropped; default: 1.1 with --ten_crop, else 1.",
+        help="Images first cover this many times their size, then are cropped; default: 1.1 with --ten_crop, else 1.",
     )
-    batch_size: int = HfArg(default=64, help="Pictures, counting crops, of a forward pass of each process.")
+    batch_size: int = HfArg(default=64, help="Images, counting crops, of a forward pass of each process.")
     shard_size: int = HfArg(
-        default=1024, help="Pictures a file of codes; a stop loses what is unfinished: one file a worker."
+        default=1024, help="Images in a file of codes; a stop loses what is unfinished: one file for each worker."
     )
 
     def __post_init__(self):
@@ -118,11 +118,11 @@ class ExtractionArguments(ImageArguments):
 
     @property
     def num_crops(self) -> int:
-        """Rows a picture."""
+        """Rows for each image."""
         return 10 if self.ten_crop else 2 if self.with_mirror_image else 1
 
     def transform(self, size: tuple[int, int]) -> ImageTransform | WithMirrorImage | TenCrop:
-        """What makes one or more crops of `size` of a picture."""
+        """What makes one or more crops of `size` of an image."""
         if self.ten_crop:
             return TenCrop(size, self.crop_range, self.background)
         transform = ImageTransform(size, crop_range=self.crop_range, background=self.background)
@@ -131,7 +131,7 @@ class ExtractionArguments(ImageArguments):
 
 @torch.inference_mode()
 def encode(vae: RQVAE, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, labels and image indices of a batch; several crops of a picture become several rows."""
+    """Codes, labels and image indices of a batch; several crops of an image become several rows."""
     pixels, labels, image_index = batch["pixel_values"], batch["labels"], batch["image_index"]
     crops = pixels.shape[1] if pixels.ndim == 5 else 1
     codes = vae.encode(pixels.view(-1, *pixels.shape[-3:]).to(vae.device, non_blocking=True)).codes
@@ -139,9 +139,9 @@ def encode(vae: RQVAE, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check_broken(shards: dict, num_images: int, max_broken_share: float) -> tuple[int, int]:
-    """Pictures of the shards, and how many are broken; RuntimeError for more than a share of these or `num_images`."""
+    """Images of the shards, and how many are broken; RuntimeError for more than a share of these or `num_images`."""
     seen = sum(note["num_images"] for note in shards.values())
-    broken = [picture for note in shards.values() for picture in note["broken"]]
+    broken = [image for note in shards.values() for image in note["broken"]]
     if broken:
         example = str(BrokenImageError(**broken[-1]))
         check_broken_share(len(broken), max(seen, num_images), max_broken_share, example)
@@ -178,8 +178,8 @@ def extract(args: ExtractionArguments, vae: RQVAE, dataset: ImageDataset | Image
             shards[part, batch["shard"]] = note
             check_broken(shards, num_images, args.max_broken_share)
             continue
-        for picture in batch["broken"]:
-            logger.warning("%s; it is left out.", BrokenImageError(**picture))
+        for image in batch["broken"]:
+            logger.warning("%s; it is left out.", BrokenImageError(**image))
         broken[part] += batch["broken"]
         progress.update(len(batch["broken"]))
         if "labels" in batch:
@@ -191,7 +191,7 @@ def extract(args: ExtractionArguments, vae: RQVAE, dataset: ImageDataset | Image
     if state.is_main_process:
         seen, num_broken = check_broken(writer.shards(), 0, args.max_broken_share)
         if seen == num_broken:
-            raise ValueError(f"{args.dataset_name} has no pictures.")
+            raise ValueError(f"{args.dataset_name} has no images.")
         disable_progress_bars()  # of the library that writes the data set, whose work is done
         vae.save_pretrained(writer.path / "vqvae")
         writer.finish()

@@ -109,8 +109,8 @@ class DnDArguments(RunArguments):
     )
     stochastic_codes: bool = HfArg(default=True, help="With soft targets: the model reads codes drawn from them.")
     guidance_scale: float = HfArg(default=2.0, help="Of the sample grids, and the default of the saved pipeline.")
-    temperature: float = HfArg(default=1.0, help="Likewise; the paper's is 0.1 for pictures of text.")
-    num_samples: int = HfArg(default=16, help="Pictures of a sample grid; their seeds are always the same.")
+    temperature: float = HfArg(default=1.0, help="Likewise; the paper's is 0.1 for images of text.")
+    num_samples: int = HfArg(default=16, help="Images of a sample grid; their seeds are always the same.")
 
     def __post_init__(self):
         super().__post_init__()

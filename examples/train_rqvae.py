@@ -5,14 +5,14 @@
 # [tool.uv.sources]
 # dnd-hf = { path = "..", editable = true }
 # ///
-"""Trains the tokenizer: an RQVAE on any pictures, alone or on several GPUs, with LPIPS and a GAN loss where asked.
+"""Trains the tokenizer: an RQVAE on any images, on one GPU or several, with LPIPS and a GAN loss if asked for.
 
 python examples/train_rqvae.py --dataset_name words --sample_size 32 128 --block_out_channels 16 32 64 128 \
     --norm_num_groups 16 --layers_per_block 1 --latent_channels 64 --num_vq_embeddings 512 --code_depth 4 \
     --output_dir rqvae-words
 
 The paper's tokenizer (arXiv 2410.01912): `--sample_size 256 --lpips_weight 1 --gan_weight 0.75` and the default shape,
-with `accelerate launch` and 256 pictures a step.
+with `accelerate launch` and 256 images a step.
 """
 
 import os
@@ -77,7 +77,7 @@ class RQVAEArguments(RunArguments):
         help="Until this step the decoder sees the latents unquantized: a warm-up that fills the codes sooner.",
     )
     freeze_codes: bool = HfArg(
-        default=False, help="Train the decoder alone: codes, and a transformer trained on them, stay as they are."
+        default=False, help="Train only the decoder: codes, and a transformer trained on them, stay as they are."
     )
     min_perplexity: float = HfArg(
         default=4.0, help="After the warmup, a run whose first depth uses its codes as if there were fewer ends."
@@ -88,7 +88,7 @@ class RQVAEArguments(RunArguments):
     discriminator_layers: int = HfArg(default=3, help="Convolutions of stride 2 in the discriminator.")
     adam_beta1: float = HfArg(default=0.5, help="Adam's first decay; the paper's, made for GANs. Without one, 0.9.")
     adam_beta2: float = HfArg(default=0.9, help="Adam's second decay; the paper's. Without a GAN, 0.99.")
-    learning_rate: float = HfArg(default=1e-4, help="Peak learning rate; the paper's is 4e-5 at 256 pictures a step.")
+    learning_rate: float = HfArg(default=1e-4, help="Peak learning rate; the paper's is 4e-5 at 256 images a step.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -159,7 +159,7 @@ def validate(accelerator: Accelerator, vae: RQVAE, dataset: Dataset, batch_size:
 
 
 def reconstructions(vae: RQVAE, images: Tensor) -> Tensor:
-    """`(batch, 1 + depth, 3, H, W)`: each picture, then what its first 1, 2, ... codes make of it."""
+    """`(batch, 1 + depth, 3, H, W)`: each image, then what its first 1, 2, ... codes make of it."""
     codes = vae.encode(images).codes
     partial = (vae.decode_codes(codes, depth=k + 1).sample for k in range(vae.config.code_depth))
     return torch.stack([images, *partial], dim=1)

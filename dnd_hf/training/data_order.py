@@ -1,4 +1,4 @@
-"""The order of training data: sample i of a run depends on the seed and i alone, so a run can resume anywhere."""
+"""The order of training data: sample i of a run depends only on the seed and i, so a run can resume anywhere."""
 
 from functools import lru_cache
 from typing import Any, Protocol, cast
@@ -66,7 +66,7 @@ def hold_out(dataset: SizedDataset, num_items: int, seed: int, group_size: int =
         dataset: map-style.
         num_items: how many items to hold out.
         seed: of the draw.
-        group_size: this many neighbouring items (the crops of one picture) stay together.
+        group_size: this many neighbouring items (the crops of one image) stay together.
 
     Raises:
         ValueError: nothing would be left to train on.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 class PatchDiscriminator(nn.Module):
     """Images `(batch, 3, H, W)` in [-1, 1] to one logit a patch, `(batch, 1, H / 2^n - 2, W / 2^n - 2)`.
 
-    The network of VQGAN and RQ-VAE with GroupNorm in the place of BatchNorm: a picture's logits then depend neither on
+    The network of VQGAN and RQ-VAE with GroupNorm in the place of BatchNorm: an image's logits then depend neither on
     the rest of the batch nor on the number of processes, and batches may be small.
 
     Args:

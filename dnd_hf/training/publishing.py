@@ -24,7 +24,7 @@ from .settings import public
 NOT_UPLOADED = "checkpoint-*"
 LIBRARIES = ("torch", "transformers", "diffusers", "accelerate", "datasets")
 PIPELINE_SAMPLES = "Samples of the classes in turn; their seeds are always the same."
-TOKENIZER_SAMPLES = "A row a picture: the original, then what its first 1, 2, ... codes decode to."
+TOKENIZER_SAMPLES = "A row for each image: the original, then what its first 1, 2, ... codes decode to."
 
 
 def open_repository(args: RunArguments) -> str | None:
@@ -68,8 +68,8 @@ def write_model_card(args: RunArguments, repo_id: str | None, accelerator: Accel
     card.data.base_model = pretrained if _is_on_hub(pretrained) else None
 
     metrics = read_metrics(folder / "metrics.jsonl")
-    pictures = sorted(folder.glob("samples/step-*.png"), key=lambda path: int(re.sub(r"\D", "", path.stem)))[-1:]
-    pictures += folder.glob("training_curves.png")
+    images = sorted(folder.glob("samples/step-*.png"), key=lambda path: int(re.sub(r"\D", "", path.stem)))[-1:]
+    images += folder.glob("training_curves.png")
     versions = ", ".join(f"{library} {version(library)}" for library in LIBRARIES)
     card.text += training_sections(
         data=_describe(dataset, split),
@@ -84,7 +84,7 @@ def write_model_card(args: RunArguments, repo_id: str | None, accelerator: Accel
         step=metrics[-1]["step"] if metrics else 0,
         metrics=_metrics_table(metrics),
         caption=PIPELINE_SAMPLES if is_pipeline else TOKENIZER_SAMPLES,
-        images=[path.relative_to(folder).as_posix() for path in pictures],
+        images=[path.relative_to(folder).as_posix() for path in images],
         license=args.hub_license,
     )
     write_text(folder / "README.md", str(card))
@@ -130,7 +130,7 @@ def _describe(dataset: str | None, split: str) -> str:
     if dataset is None:
         return "Not named"
     if dataset == "words":
-        return "`words`: pictures of words that dnd_hf renders"
+        return "`words`: images of words that dnd_hf renders"
     if _is_on_hub(dataset):
         return f"[{dataset}](https://huggingface.co/datasets/{dataset}), {split}"
     return f"The local data set `{public(dataset)}`"

@@ -92,7 +92,7 @@ class TrainingRun(ABC):
             unit=" steps",
             disable=not accelerator.is_main_process,
             mininterval=0.1 if sys.stderr.isatty() else 10,
-            delay=1e-9,  # shown with the first step, below the summary
+            delay=1e-3,  # shown with the first step, below the summary
         )
 
     @abstractmethod

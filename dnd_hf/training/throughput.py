@@ -41,7 +41,7 @@ def _rq_transformer_training_flops(config: RQTransformerConfig) -> int:
 
 
 def tokenizer_training_flops(vae: RQVAE, size: tuple[int, int]) -> int:
-    """Floating point operations of one picture of `size` (height, width) through encoder and decoder, times 3 for the
+    """Floating point operations of one image of `size` (height, width) through encoder and decoder, times 3 for the
     backward pass; the search of the codes and a discriminator are not counted."""
     networks = copy.deepcopy(torch.nn.ModuleList([vae.encoder, vae.decoder])).to("meta")
     latents = (size[0] // vae.stride, size[1] // vae.stride)

@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import time
@@ -167,6 +168,23 @@ def test_a_start_with_other_arguments_is_refused(folder, codes, monkeypatch, cha
     monkeypatch.chdir(folder)
     with pytest.raises(ValueError, match=message):
         extract(folder, "codes", **changes)
+
+
+def test_the_configuration_of_the_tokenizer_counts_and_an_older_record_without_it_says_so(folder, codes, capsys):
+    shutil.copytree(folder / "rqvae", folder / "edited")
+    config = json.loads((folder / "edited" / "config.json").read_text())
+    (folder / "edited" / "config.json").write_text(json.dumps(config | {"commitment_weight": 0.5}))
+    with pytest.raises(ValueError, match=r"another extraction: vqvae_config was \{.*\} and is \{"):
+        extract(folder, "codes", vqvae=folder / "edited")
+
+    record = codes / "extraction.json"
+    text = record.read_text()
+    record.write_text(json.dumps({k: v for k, v in json.loads(text).items() if k != "vqvae_config"}))
+    try:
+        extract(folder, "codes", vqvae=folder / "edited")
+    finally:
+        record.write_text(text)
+    assert "does not record the tokenizer's configuration" in capsys.readouterr().out
 
 
 def test_a_start_with_other_files_is_refused(folder, codes, monkeypatch):
