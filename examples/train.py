@@ -193,8 +193,7 @@ def main(args: DnDArguments) -> None:
         if accelerator.is_main_process:
             labels = [i % len(dataset.class_names) for i in range(args.num_samples)]
             generators = [torch.Generator(accelerator.device).manual_seed(i) for i in range(args.num_samples)]
-            with accelerator.autocast():
-                images = make_pipeline(transformer)(labels, generator=generators).images
+            images = make_pipeline(transformer)(labels, generator=generators).images
             run.show(images, round(args.num_samples**0.5), step)
         return {"loss": sum(losses) / len(losses)} | {f"loss_depth_{k}": v for k, v in enumerate(losses, start=1)}
 
