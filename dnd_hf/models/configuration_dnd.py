@@ -133,17 +133,18 @@ class DnDConfig(PreTrainedConfig):
     def _set_num_classes(self, num_labels: int | None) -> None:
         if not isinstance(self.id2label, dict | None):
             raise ValueError(f"`id2label` must be a dict of names by class, got {self.id2label!r}.")
-        named = None if self.id2label is None else len(self.id2label)
+        names = self.id2label
+        named = None if names is None else len(names)
         if self.num_classes is None:
             self.num_classes = num_labels if num_labels is not None else named or 1000
         if num_labels is not None and num_labels != self.num_classes:
             raise ValueError(f"`num_labels` is another name of `num_classes` ({self.num_classes}), got {num_labels}.")
-        if named is None:
+        if names is None:
             return
         if named != self.num_classes:
             raise ValueError(f"`id2label` must name all {self.num_classes} classes, got {named} names.")
-        if {str(key) for key in self.id2label} != {str(label) for label in range(named)}:
-            raise ValueError(f"`id2label` must have the keys 0 to {named - 1}, got {list(self.id2label)[:10]}.")
+        if {str(key) for key in names} != {str(label) for label in range(len(names))}:
+            raise ValueError(f"`id2label` must have the keys 0 to {len(names) - 1}, got {list(names)[:10]}.")
 
     def _check_numbers(self) -> None:
         if self.intermediate_size is None:
