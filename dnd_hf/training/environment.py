@@ -39,7 +39,7 @@ class RunEnvironment:
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),
-            mixed_precision=_mixed_precision(args),
+            mixed_precision=choose_precision(args),
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=[JsonlTracker(self.output_dir / "metrics.jsonl", self.first_step), *args.report_to],
             project_dir=args.output_dir,
@@ -62,7 +62,7 @@ class RunEnvironment:
         return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
 
 
-def _mixed_precision(args: RunArguments) -> str:
+def choose_precision(args: RunArguments) -> str:
     """The precision that `args` ask for, else that of `accelerate launch`, else bf16 on GPUs that have it.
 
     `accelerate launch` without a configuration says "no", as if that had been asked for: it does not count.

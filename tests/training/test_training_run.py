@@ -16,7 +16,7 @@ from dnd_hf.arguments import RunArguments, parse_arguments
 from dnd_hf.figures import plot_training_curves
 from dnd_hf.training.checkpoints import find_checkpoint, list_checkpoints
 from dnd_hf.training.data_order import TrainingStream, hold_out
-from dnd_hf.training.environment import RunEnvironment
+from dnd_hf.training.environment import RunEnvironment, choose_precision
 from dnd_hf.training.metrics import JsonlTracker, read_metrics
 from dnd_hf.training.optimization import WeightAverage, averaged_weights, weight_decay_groups
 from dnd_hf.training.run import TrainingRun
@@ -167,6 +167,25 @@ def test_the_rates_of_a_run_are_logged(tmp_path):
     line = next(line for line in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in line)
     assert line["train/tokens_per_second"] == pytest.approx(3 * line["train/images_per_second"])
     assert line["train/mfu"] > 0 and line["train/peak_memory_gb"] > 0.01 and line["train/grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    ("option", "launched", "has_bf16", "expected"),
+    [
+        (None, None, True, "bf16"),
+        (None, "no", True, "bf16"),  # what `accelerate launch` says without a configuration
+        (None, "no", False, "no"),
+        (None, "bf16", False, "bf16"),
+        ("no", "bf16", True, "no"),
+    ],
+)
+def test_bf16_is_the_default_of_gpus_that_have_it(monkeypatch, option, launched, has_bf16, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_bf16)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if launched:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    assert choose_precision(RunArguments(mixed_precision=option)) == expected
 
 
 def test_a_share_of_the_peak_is_at_most_one(tmp_path):
