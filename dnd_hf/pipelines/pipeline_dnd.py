@@ -14,12 +14,13 @@ from ..ops.number_checks import whole_number
 from .likelihood import LikelihoodMixin
 from .prompts import prompt_tokens
 from .saving import SavingMixin
+from .streaming import StreamingMixin
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 
 
-class DnDPipeline(SavingMixin, LikelihoodMixin, DiffusionPipeline):
+class DnDPipeline(SavingMixin, LikelihoodMixin, StreamingMixin, DiffusionPipeline):
     """Class-conditional image generation with the DnD-Transformer (arXiv 2410.01912).
 
     A saved pipeline holds the code it needs: `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` loads
