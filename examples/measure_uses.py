@@ -1,31 +1,39 @@
 """Measures what else a trained model of words can do, each use beside an OCR engine. See docs/recipes.md.
 
 python examples/measure_uses.py --use classify
+python examples/measure_uses.py --use best_of_n
+python examples/measure_uses.py --use restore --num_images 50
+python examples/measure_uses.py --use stream
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from PIL import Image
+from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
-from dnd_hf import DnDPipeline
+from dnd_hf import RQVAE, DnDConfig, DnDForImageGeneration, DnDPipeline
 from dnd_hf.arguments import run_script
 from dnd_hf.bundled import checkpoint_path
-from dnd_hf.data.words import WORDS, WordImages
+from dnd_hf.data.words import CELLS, PITCH, WORDS, WordImages
 from dnd_hf.evaluation.ocr import OCREngine, load_ocr_engine
 from dnd_hf.evaluation.options import REAL_SEED
 from dnd_hf.evaluation.text_metrics import exact_match
 from dnd_hf.evaluation.words import check_classes
 from dnd_hf.figures import markdown_table
+from dnd_hf.pipelines.candidates import RANKS, best_candidates, candidate_scores
 
 
 @dataclass
 class UsesArguments:
     """Options of this script."""
 
-    use: Literal["classify"] = HfArg(help="What to measure.")
+    use: Literal["classify", "best_of_n", "restore", "stream"] = HfArg(help="What to measure.")
     model: str = HfArg(default="words", help="A pipeline of words: a folder, a Hub id or the name of a bundled one.")
     num_images: int = HfArg(default=100, help="Images; their words go round.")
     batch_size: int = HfArg(default=100, help="Sequences that pass the model at a time.")
@@ -51,7 +59,111 @@ def classify(pipe: DnDPipeline, engine: OCREngine, args: UsesArguments) -> list[
     ]
 
 
-USES: dict[str, Callable[[DnDPipeline, OCREngine, UsesArguments], list[Row]]] = {"classify": classify}
+def best_of_n(pipe: DnDPipeline, engine: OCREngine, args: UsesArguments) -> list[Row]:
+    """The share of generated words that OCR reads right, for the best of 1, 4 and 16 candidates by each rank.
+
+    The candidates of 4 are the first ones of 16, as in calls with `num_candidates`.
+    """
+    counts = (1, 4, 16)
+    labels = torch.arange(args.num_images) % len(WORDS)
+    scores: dict[str, list] = {name: [] for name in (*RANKS, "rapidocr-line")}
+    with torch.no_grad():
+        for start in tqdm(range(0, args.num_images, args.batch_size), desc="Batches"):
+            part = labels[start : start + args.batch_size]
+            generators = [
+                torch.Generator().manual_seed(args.seed * args.num_images + start + i) for i in range(len(part))
+            ]
+            for _ in range(counts[-1]):
+                codes = pipe(part, generator=generators, output_type="codes").images
+                images = pipe.image_processor.postprocess(pipe.vqvae.decode_codes(codes).sample)
+                texts = engine(images)
+                right = torch.tensor([text.strip() == WORDS[label] for text, label in zip(texts, part.tolist())])
+                scores["rapidocr-line"].append(right.float())
+                for name in RANKS:
+                    scores[name].append(candidate_scores(name, pipe.transformer, part, codes).cpu())
+    table = {name: by_candidate(values, counts[-1]) for name, values in scores.items()}
+    right_NI = table["rapidocr-line"]
+    rows = []
+    for name, scores_NI in table.items():
+        row: Row = {"rank_by": name}
+        for count in counts:
+            best = best_candidates(scores_NI[:count].flatten(), count)
+            row[f"N = {count}"] = right_NI[:count].flatten()[best].mean().item()
+        rows.append(row)
+    return rows
+
+
+def by_candidate(values: list[torch.Tensor], count: int) -> torch.Tensor:
+    """Values of batches, each `count` times in a row, as `(count, images)`."""
+    return torch.cat([torch.stack(values[start : start + count]) for start in range(0, len(values), count)], dim=1)
+
+
+def restore(pipe: DnDPipeline, engine: OCREngine, args: UsesArguments) -> list[Row]:
+    """The share of words that OCR reads right after one of their letters was hidden and filled in.
+
+    The model is not told the word: guidance 0 is the null class.
+    """
+    dataset = WordImages(args.num_images, seed=REAL_SEED + args.seed)
+    images = [dataset[i]["image"] for i in range(args.num_images)]
+    words = [WORDS[dataset[i]["label"]] for i in range(args.num_images)]
+    rng = np.random.default_rng(args.seed)
+    masks = [letter_mask(image, int(rng.integers(len(word)))) for image, word in zip(images, words)]
+    rows = [{"particles": "(the images before)", "read": exact_match(engine(images), words)}]
+    for num_particles in (1, 4, 16):
+        filled: list[Image.Image] = []
+        size = max(1, args.batch_size // num_particles)
+        for start in tqdm(range(0, args.num_images, size), desc=f"{num_particles} particles"):
+            part = slice(start, start + size)
+            filled += pipe(
+                [0] * len(images[part]),
+                guidance_scale=0.0,
+                temperature=1.0,
+                generator=list(range(args.num_images))[part],
+                image=images[part],
+                mask_image=masks[part],
+                mask_ring=0,
+                num_particles=num_particles,
+            ).images
+        rows.append({"particles": str(num_particles), "read": exact_match(engine(filled), words)})
+    return rows
+
+
+def letter_mask(image: Image.Image, letter: int) -> Image.Image:
+    """White over the cells of one letter of a rendered word."""
+    colours = np.asarray(image).astype(int)
+    ink = np.abs(colours - colours[0, 0]).max(-1) > 32
+    cell = image.height // CELLS
+    left = (int(ink.any(0).argmax()) // cell + PITCH * letter) * cell
+    white = np.zeros(ink.shape, dtype=np.uint8)
+    white[:, left : left + PITCH * cell] = 255
+    return Image.fromarray(white)
+
+
+def stream(pipe: DnDPipeline, engine: OCREngine, args: UsesArguments) -> list[Row]:
+    """How soon the first row of an image is there, for the model and for an untrained one with 16 rows."""
+    transformer = DnDForImageGeneration(
+        DnDConfig(vocab_size=512, hidden_size=256, num_hidden_layers=8, num_attention_heads=4, num_classes=10)
+    )
+    vqvae = RQVAE(block_out_channels=(32, 32, 64, 64), latent_channels=64, num_vq_embeddings=512, sample_size=128)
+    untrained = DnDPipeline(transformer.eval(), vqvae.eval()).to(pipe.device)
+    rows = []
+    for name, measured in ((args.model, pipe), ("untrained, 128x128 pixels", untrained)):
+        measured.set_progress_bar_config(disable=True)
+        list(measured.stream(0))  # warm
+        start = time.perf_counter()
+        times = [time.perf_counter() - start for _ in measured.stream(0, generator=args.seed)]
+        height, width = measured.transformer.config.grid_size
+        shares = {"seconds": times[-1], "first row after": times[0] / times[-1]}
+        rows.append({"model": name, "grid": f"{height}x{width}", **shares})
+    return rows
+
+
+USES: dict[str, Callable[[DnDPipeline, OCREngine, UsesArguments], list[Row]]] = {
+    "classify": classify,
+    "best_of_n": best_of_n,
+    "restore": restore,
+    "stream": stream,
+}
 
 
 def main(args: UsesArguments) -> None:
@@ -59,6 +171,7 @@ def main(args: UsesArguments) -> None:
     pipe = DnDPipeline.from_pretrained(checkpoint_path(args.model))
     check_classes(args.model, pipe.transformer.config.id2label)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe.set_progress_bar_config(disable=args.use != "classify")
     print(markdown_table(USES[args.use](pipe, engine, args)))
 
 

@@ -132,6 +132,9 @@ class SamplingLoop:
     def release(self) -> None:
         """Ends the call, however it went."""
 
+    def read_logits(self, k: int, cells: Tensor, logits_XV: Tensor) -> None:
+        """Called with the logits of depth k of cells, images x cells, before codes are chosen."""
+
     def choose(self, k: int, hidden_RTC: Tensor) -> Tensor:
         """The codes `(rows, T)` of depth k of the last T cells of the pass, from what head k reads.
 
@@ -141,6 +144,7 @@ class SamplingLoop:
         logits_XV = self.runner.heads[k](hidden_RTC[:, -self.count :]).flatten(0, 1).float()  # X: images x cells
         if self.guided:
             logits_XV = guide(logits_XV, self.scales_L[cells].repeat(len(self.codes_BLD))[:, None])
+        self.read_logits(k, cells, logits_XV)
         if self.filters is None:
             codes_X, finite_X = logits_XV.argmax(-1), logits_XV.amax(-1).isfinite()
         else:

@@ -6,7 +6,7 @@ from contextlib import closing
 import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig
 
 from ..ops.number_checks import whole_number
 from ..ops.tensor_checks import check_integers
@@ -15,6 +15,7 @@ from .decoders import plain_runner
 from .evaluation_mode import evaluation_mode
 from .given_codes import GivenCodes, checked_given_codes
 from .guidance import guidance_scales
+from .inpainting import InpaintingMixin
 from .loop import SamplingLoop
 from .noise import checked_generators, uniform_noise
 from .packed_decoder import can_run_packed, packed_runner
@@ -22,8 +23,8 @@ from .scoring import CodeScores, code_log_probs
 from .settings import SamplingSettings
 
 
-class ImageGenerationMixin(GenerationMixin):
-    """Adds `generate`, which replaces that of transformers (several codes a step), and `score`.
+class ImageGenerationMixin(InpaintingMixin):
+    """Adds `generate`, which replaces that of transformers (several codes a step), `inpaint` and `score`.
 
     What a model must offer for them is [`ImageCodeModel`].
     """

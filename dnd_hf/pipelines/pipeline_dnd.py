@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
@@ -10,7 +11,11 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..generation.noise import checked_generators
+from ..generation.settings import SamplingSettings
 from ..ops.number_checks import whole_number
+from .candidates import Rank, best_candidates, candidate_scores, check_candidates, checked_scores
+from .inpainting import Hole, check_inpainting, hole_in
 from .likelihood import LikelihoodMixin
 from .prompts import prompt_tokens
 from .saving import SavingMixin
@@ -120,6 +125,13 @@ class DnDPipeline(SavingMixin, LikelihoodMixin, StreamingMixin, DiffusionPipelin
         guidance_schedule: str | None = None,
         guidance_power: float | None = None,
         prompt: str | Sequence[str] | None = None,
+        image: Any = None,
+        mask_image: Any = None,
+        mask_ring: int = 1,
+        feather: int = 0,
+        num_particles: int = 1,
+        num_candidates: int = 1,
+        rank_by: Rank | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Makes `num_images_per_label` images of each label or prompt, those of one label side by side.
 
@@ -137,10 +149,24 @@ class DnDPipeline(SavingMixin, LikelihoodMixin, StreamingMixin, DiffusionPipelin
             callback_on_step_end: called as `callback(pipe, step, step, tensors)` after each of the `height * width`
                 grid positions. It may look at the codes but not replace them: the next position has already read them.
                 Where it sets `pipe._interrupt = True`, the sampling ends, and the images are made of the codes so far,
-                the others being 0.
+                the others being 0. With candidates the codes are those of all: every image, then every image again.
             callback_on_step_end_tensor_inputs: which tensors it gets; `"codes"`, a copy of the codes so far, or none.
             prompt: text, one or several, for a transformer that reads text, by the pipeline's `tokenizer`. What is
                 longer than `prompt_length` tokens is cut, with a warning.
+            image: fill in a part of it; one for all labels, or one for each, of the model's size, see [`image_tensor`]
+                for the types. The pixels outside of the mask stay as they are.
+            mask_image: likewise, white where the image is to be filled, see [`mask_tensor`]. The codes of all cells
+                with such a pixel are sampled; the other cells keep those of the image, its hole having the mean colour.
+            mask_ring: so many cells around them are sampled too: their codes saw the hole through the encoder.
+            feather: so many pixels around the mask are blended from the image to what the model made.
+            num_particles: continuations of each image, weighted by what they say of the kept codes that come after
+                them, see [`inpaint`]; 1: each code is sampled from what comes before it, and no more.
+            num_candidates: for each image so many are made, and the best is returned. The first candidate is the image
+                that comes without candidates; with one generator for all images that holds for generators on the CPU.
+            rank_by: `"likelihood"` (the default): the probability of the codes under the condition. `"guidance"`: that
+                divided by their probability under none. Or a function that is called with a list of PIL images and the
+                list of their class ids, or prompts, and returns a number for each: the highest is the best, and of
+                equal ones the first.
 
         Raises:
             ValueError: an argument out of its range, nothing has been computed then; or codes that a callback changed.
@@ -149,11 +175,22 @@ class DnDPipeline(SavingMixin, LikelihoodMixin, StreamingMixin, DiffusionPipelin
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(num_images_per_label, output_type, callback_on_step_end_tensor_inputs)
-        conditions = self._conditions(class_labels, prompt).to(self._execution_device)
+        rank_by = check_candidates(num_candidates, rank_by, self.transformer, self.vqvae is not None)
+        check_inpainting(image, mask_image, mask_ring, feather, num_particles)
+        conditions, hole = self._conditions(class_labels, prompt).to(self._execution_device), None
+        if image is not None:
+            sizes = (self._checked_images(image, "image"), mask_image, self.vqvae.code_stride, mask_ring, feather)
+            hole = hole_in(*sizes, len(conditions), int(num_images_per_label))
         conditions = conditions.repeat_interleave(int(num_images_per_label), dim=0)
+        generator = checked_generators(generator, len(conditions))
+        settings: dict[str, Any] = dict(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k)
+        settings |= dict(top_p=top_p, guidance_schedule=guidance_schedule, guidance_power=guidance_power)
+        SamplingSettings.resolve(self.transformer.config, self.transformer.generation_config, **settings)
 
-        # 2. Sample the codes
+        # 2. Sample the codes, of all images for each candidate
         self._interrupt = False
+        candidates = conditions.repeat(num_candidates, *[1] * (conditions.ndim - 1))
+        settings["generator"] = generator * num_candidates if isinstance(generator, list) else generator
         with self.progress_bar(total=self.transformer.config.sequence_length) as progress:
 
             def on_step(step: int, codes: Tensor) -> bool:
@@ -165,24 +202,42 @@ class DnDPipeline(SavingMixin, LikelihoodMixin, StreamingMixin, DiffusionPipelin
                 progress.update()
                 return self.interrupt
 
-            codes = self.transformer.generate(
-                conditions,
-                guidance_scale=guidance_scale,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                generator=generator,
-                guidance_schedule=guidance_schedule,
-                guidance_power=guidance_power,
-                callback=on_step,
-            )
+            codes = self._sample(candidates, hole, num_particles, callback=on_step, **settings)
 
-        # 3. Decode them
-        images = codes
-        if output_type != "codes":
-            images = self.image_processor.postprocess(self.vqvae.decode_codes(codes).sample, output_type=output_type)
+        # 3. Choose the best candidates
+        if num_candidates > 1:
+            if callable(rank_by):
+                labels = [prompt] if isinstance(prompt, str) else prompt or conditions.tolist()
+                labels = [labels[i // (len(conditions) // len(labels))] for i in range(len(conditions))]
+                ranks = rank_by(self._decoded(codes, hole, "pil"), labels * num_candidates)
+                scores = checked_scores(ranks, len(codes), codes.device)
+            else:
+                scores = candidate_scores(rank_by, self.transformer, candidates, codes)
+            codes = codes[best_candidates(scores, num_candidates)]
+
+        # 4. Decode them
+        images = codes if output_type == "codes" else self._decoded(codes, hole, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _sample(self, conditions: Tensor, hole: Hole | None, num_particles: int, **settings) -> Tensor:
+        """Codes of images, where there is a hole beside those that are kept."""
+        if hole is None:
+            return self.transformer.generate(conditions, **settings)
+        codes = self._encode(hole.visible, batch_size=64)
+        codes_mask = hole.codes_mask(codes.shape[-1]).to(codes.device)
+        times = len(conditions) // len(codes)
+        given = dict(codes=codes.repeat(times, 1, 1, 1), codes_mask=codes_mask.repeat(times, 1, 1, 1))
+        if num_particles == 1:
+            return self.transformer.generate(conditions, **given, **settings)
+        return self.transformer.inpaint(conditions, **given, num_particles=num_particles, **settings)
+
+    def _decoded(self, codes: Tensor, hole: Hole | None, output_type: str):
+        """The images of codes, with the user's pixels around a hole."""
+        sample = self.vqvae.decode_codes(codes).sample
+        if hole is not None:
+            sample = hole.composited(sample)
+        return self.image_processor.postprocess(sample, output_type=output_type)
 
     def check_inputs(
         self, num_images_per_label: int, output_type: str, callback_on_step_end_tensor_inputs: Sequence[str]
