@@ -73,7 +73,7 @@ def test_the_metadata_state_licence_versions_and_links(built):
         (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = wheel.read(name).decode().splitlines()
     assert "License-Expression: Apache-2.0" in metadata and "License-File: LICENSE" in metadata
-    assert "Requires-Python: >=3.10" in metadata and "Classifier: Programming Language :: Python :: 3.10" in metadata
+    assert "Requires-Python: >=3.11" in metadata and "Classifier: Programming Language :: Python :: 3.11" in metadata
     assert "Classifier: Typing :: Typed" in metadata
     assert "Project-URL: Paper, https://arxiv.org/abs/2410.01912" in metadata
     assert not [line for line in metadata if line.startswith("Classifier: License")]
