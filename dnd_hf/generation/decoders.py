@@ -42,10 +42,14 @@ def head_of_each_depth(heads: Iterable[Callable[[Tensor], Tensor]], depth: int) 
     return heads * depth if len(heads) == 1 else heads
 
 
-def plain_runner(model: ImageCodeModel, rows: int, device: torch.device) -> ModelRunner:
-    """The layers of a model as they are, hooks, adapters and quantized weights included, on any device."""
-    attention = model.config._attn_implementation
-    decoders = [PlainDecoder(stack, rows, device, model.dtype, attention) for stack in model.layer_stacks(device)]
+def plain_runner(model: ImageCodeModel, rows: int, device: torch.device, count: int = 1) -> ModelRunner:
+    """The layers of a model as they are, hooks, adapters and quantized weights included, on any device.
+
+    For passes that choose the codes of up to `count` cells of each of `rows` sequences.
+    """
+    attention, (first, *others) = model.config._attn_implementation, model.layer_stacks(device)
+    stacks = ((first, rows), *((stack, rows * count) for stack in others))
+    decoders = [PlainDecoder(*stack, device, model.dtype, attention) for stack in stacks]
     return ModelRunner(decoders, head_of_each_depth(model.heads, model.config.code_depth))
 
 
@@ -104,12 +108,15 @@ class FilledKeysValues:
         self.keys, self.values, self.position = keys, values, 0
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Writes `(rows, heads, tokens, head_dim)` keys and values from `position` on; returns all up to their end."""
-        count = key.shape[2]
-        self.keys.narrow(2, self.position, count).copy_(key)
-        self.values.narrow(2, self.position, count).copy_(value)
-        filled = self.position + count
-        return self.keys.narrow(2, 0, filled), self.values.narrow(2, 0, filled)
+        """Writes `(rows, heads, tokens, head_dim)` keys and values from `position` on; returns all up to their end.
+
+        There may be fewer rows than memory for them.
+        """
+        (rows, _, count, _), filled = key.shape, self.position + key.shape[2]
+        keys, values = (kept.narrow(0, 0, rows).narrow(2, 0, filled) for kept in (self.keys, self.values))
+        keys.narrow(2, self.position, count).copy_(key)
+        values.narrow(2, self.position, count).copy_(value)
+        return keys, values
 
 
 class PlainDecoder:

@@ -49,7 +49,9 @@ class SamplingLoop:
         self.count = 1
         """How many of them, the last ones, are sampled."""
         self.unread = 0
-        """The first cell whose token has not been read, so that it is not in the cache."""
+        """The first cell before which the token has not been read, or with codes that were not final."""
+        self.guessed = False
+        """Whether codes behind those that are final may be guesses."""
 
     def start(
         self, conditions_BT: Tensor, noise_BLD: Tensor | None, scales: list[float], given: GivenCodes | None = None
@@ -62,7 +64,7 @@ class SamplingLoop:
             scales: the guidance scale of each cell.
             given: codes that stay.
         """
-        self.images, self.unread = len(conditions_BT), 0
+        self.images, self.unread, self.guessed = len(conditions_BT), 0, False
         missing = len(self.codes_BLD) - self.images
         conditions_BT = F.pad(conditions_BT, (0, 0, 0, missing))
         if self.guided:
@@ -116,14 +118,35 @@ class SamplingLoop:
         tokens_BTC = self.model.cell_tokens(self.codes_BLD[:, before_T], before_T)
         return tokens_BTC.repeat(2, 1, 1) if self.guided else tokens_BTC
 
-    @property
-    def codes(self) -> Tensor:
-        """`(images, height, width, depth)`: the codes so far; behind them the given ones, zeros elsewhere."""
-        return self.codes_BLD[: self.images].unflatten(1, tuple(self.model.config.grid_size))
+    def step_window(self, cell: int, count: int) -> int:
+        """Samples `count` cells of which the first codes so far are guesses; returns how many of them are final.
 
-    def check_finite(self) -> None:
-        """Raises ValueError where codes were drawn from logits that are not finite."""
-        if not self.finite_BLD[: self.images].all():
+        A cell is final where the guesses of all cells before it were right, in all images.
+        """
+        if count == 1:
+            self.step(cell)
+            return 1
+        window_BND = self.codes_BLD[: self.images, cell : cell + count]
+        guesses_BND = window_BND.clone()
+        self.step(cell, count)
+        right_N = (window_BND == guesses_BND).all(2).all(0)
+        final = 1 + int(right_N[:-1].long().cumprod(0).sum())
+        self.unread, self.guessed = cell + final, True
+        return final
+
+    def codes_up_to(self, cell: int) -> Tensor:
+        """`(images, height, width, depth)`: the codes of cells up to this one; behind it the given ones, or zeros."""
+        codes_BLD = self.codes_BLD[: self.images]
+        if self.guessed:
+            free_BLD = (torch.arange(codes_BLD.shape[1], device=codes_BLD.device) > cell)[:, None]
+            if self.kept_BLD is not None:
+                free_BLD = free_BLD & ~self.kept_BLD[: self.images]
+            codes_BLD = codes_BLD.masked_fill(free_BLD, 0)
+        return codes_BLD.unflatten(1, tuple(self.model.config.grid_size))
+
+    def check_finite(self, cell: int) -> None:
+        """Raises ValueError where codes up to those of a cell were drawn from logits that are not finite."""
+        if not self.finite_BLD[: self.images, : cell + 1].all():
             raise ValueError(
                 "the logits are not finite numbers (NaN or infinite): the weights are broken or overflow in"
                 f" {self.model.dtype}, or `temperature` is too small or `guidance_scale` too large."

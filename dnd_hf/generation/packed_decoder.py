@@ -30,9 +30,13 @@ def can_run_packed(model: ImageCodeModel) -> bool:
     return all(map(_is_plain_linear, model.heads)) and all(map(_is_plain_block, layers))
 
 
-def packed_runner(model: ImageCodeModel, rows: int) -> ModelRunner:
-    """A model whose weights do not change while the runner is in use; for about so many rows."""
-    decoders = [PackedDecoder(stack, rows) for stack in model.layer_stacks(model.device)]
+def packed_runner(model: ImageCodeModel, rows: int, count: int = 1) -> ModelRunner:
+    """A model whose weights do not change while the runner is in use.
+
+    For passes that choose the codes of up to `count` cells of each of `rows` sequences.
+    """
+    first, *others = model.layer_stacks(model.device)
+    decoders = [PackedDecoder(first, rows), *(PackedDecoder(stack, rows * count) for stack in others)]
     packed = [joined([cast(nn.Linear, head)], rows) for head in model.heads]
     heads = head_of_each_depth(packed, model.config.code_depth)
     return ModelRunner(decoders, heads, packed_context if torch.is_autocast_enabled("cpu") else torch.inference_mode)
@@ -75,7 +79,7 @@ class PackedDecoder:
 
 
 class PackedLayer:
-    """A pre-norm transformer block for few tokens of each of `rows` sequences."""
+    """A pre-norm transformer block for few tokens of each of up to `rows` sequences."""
 
     def __init__(self, layer: Any, rows: int):
         self.attention_norm, self.mlp_norm = (
@@ -117,7 +121,11 @@ class PackedAttention:
     def __call__(self, hidden_RTC: Tensor, position: int, rotary: tuple[Tensor, Tensor] | None, mask: Tensor) -> Tensor:
         """`(rows, T, hidden_size)` of the tokens from `position` on; cosines and sines `(T, 1, head_dim)`, mask
         `(T, positions with room)`."""
-        (rows, count, _), sequences = hidden_RTC.shape, len(self.keys)
+        rows, count, _ = hidden_RTC.shape
+        sequences = rows * self.kv_heads
+        keys, values = self.keys, self.values
+        if sequences < len(keys):
+            keys, values = keys[:sequences], values[:sequences]
         qkv = self.qkv_proj(hidden_RTC).view(rows, count, -1, self.head_dim)
         heads = qkv.shape[2] - 2 * self.kv_heads
         turned, value = qkv.split((heads + self.kv_heads, self.kv_heads), 2)
@@ -129,14 +137,14 @@ class PackedAttention:
         if count > 1:  # sequences, then tokens; of heads that share keys, the tokens are the rows of one product
             key, value = key.transpose(1, 2), value.transpose(1, 2)
             query = query.unflatten(2, (self.kv_heads, -1)).permute(0, 2, 3, 1, 4)
-        self.keys.narrow(1, position, count).copy_(key.reshape(sequences, count, self.head_dim))
-        self.values.narrow(1, position, count).copy_(value.reshape(sequences, count, self.head_dim))
-        scores = query.reshape(sequences, -1, self.head_dim) @ self.keys.mT
+        keys.narrow(1, position, count).copy_(key.reshape(sequences, count, self.head_dim))
+        values.narrow(1, position, count).copy_(value.reshape(sequences, count, self.head_dim))
+        scores = query.reshape(sequences, -1, self.head_dim) @ keys.mT
         if count > 1:
             scores.unflatten(1, (-1, count)).add_(mask)
         else:
             scores.add_(mask)
-        attended = scores.softmax(-1) @ self.values
+        attended = scores.softmax(-1) @ values
         if count > 1:
             attended = attended.view(rows, -1, count, self.head_dim).transpose(1, 2)
         attended = attended.reshape(rows, count, -1)

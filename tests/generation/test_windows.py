@@ -1,0 +1,233 @@
+"""Proves several positions a pass: the codes are those of one position a pass, in fewer passes."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from definitions import generators, regenerate, uniforms_of
+
+from dnd_hf import DnDForImageGeneration, bundled_checkpoint
+from dnd_hf.generation import windows
+from dnd_hf.generation.loop import SamplingLoop
+from dnd_hf.generation.windows import Profit, automatic_positions_per_pass
+
+
+LARGER = dict(grid_size=(7, 10), num_attention_heads=4, num_key_value_heads=2, code_depth=3)
+
+
+def passes_of(model) -> list[int]:
+    """A list that grows by the number of tokens of each pass."""
+    passes = []
+    decode = type(model).decode
+    model.decode = lambda tokens, *rest: (passes.append(tokens.shape[1]), decode(model, tokens, *rest))[1]
+    return passes
+
+
+@pytest.mark.parametrize("width", [2, 3, 6, 100])
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("mode", ["dnd", "vertical", "parallel"])
+def test_several_positions_a_pass_give_the_codes_of_whole_prefixes(mode, sampled, width, make_model, decoder):
+    model = make_model(depth_mode=mode, code_depth=3, num_key_value_heads=1)
+    labels = torch.tensor([0, 3, 1])
+    for scale in (1.0, 2.5):
+        filters = dict(temperature=0.8, top_k=7, top_p=0.9)
+        options = dict(generator=generators(5, 6, 7), **filters) if sampled else dict(do_sample=False)
+        uniforms = dict(uniforms=uniforms_of(model, 5, 6, 7), **filters) if sampled else {}
+        codes = model.generate(labels, guidance_scale=scale, positions_per_pass=width, **options)
+        assert torch.equal(codes, regenerate(model, labels, scale, **uniforms))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "power-cosine"])
+@pytest.mark.parametrize("width", [4, 33])
+def test_forty_seeds_on_a_larger_grid_give_equal_codes(width, schedule, make_model, decoder):
+    model = make_model(**LARGER)
+    options = dict(guidance_scale=2.0, temperature=[0.7, 1.0, 1.3], guidance_schedule=schedule)
+    labels, seeds = [index % 4 for index in range(40)], list(range(40))
+    expected = model.generate(labels, generator=seeds, positions_per_pass=1, **options)
+    assert torch.equal(model.generate(labels, generator=seeds, positions_per_pass=width, **options), expected)
+    for label, seed in zip(labels[:5], seeds):
+        codes = model.generate(label, generator=[seed], positions_per_pass=width, **options)
+        assert torch.equal(codes[0], expected[seed])
+
+
+@pytest.mark.parametrize("variant", [dict(), dict(prompt_length=4, prompt_vocab_size=7, class_dropout_prob=0.1)])
+@pytest.mark.parametrize("width", [2, 4, 100])
+def test_the_rq_transformer_takes_several_positions_a_pass_too(width, variant, make_rq_model, make_rq_inputs, decoder):
+    model = make_rq_model(**variant)
+    conditions, given = make_rq_inputs(model)
+    mask = torch.rand(given.shape, generator=torch.Generator().manual_seed(2)) < 0.3
+    scale = 2.5 if model.config.has_null_class else 1
+    options = dict(guidance_scale=scale, generator=(5, 6), positions_per_pass=width)
+    uniforms = uniforms_of(model, 5, 6)
+    assert torch.equal(model.generate(conditions, **options), regenerate(model, conditions, scale, uniforms))
+    codes = model.generate(conditions, codes=given, codes_mask=mask, **options)
+    assert torch.equal(codes, regenerate(model, conditions, scale, uniforms, given, mask))
+
+
+@pytest.mark.parametrize("width", [2, 4, 70])
+def test_given_codes_stay_in_windows(width, make_model, make_inputs, decoder):
+    model = make_model(**LARGER)
+    labels, given = make_inputs(model)
+    cells = torch.arange(70).view(7, 10, 1).expand(given.shape)
+    single = torch.rand(given.shape, generator=torch.Generator().manual_seed(2)) < 0.3
+    for mask in (cells < 25, cells % 10 > 3, (cells % 10 > 6) | single):
+        options = dict(generator=(5, 6), codes=given, codes_mask=mask)
+        expected = model.generate(labels, positions_per_pass=1, **options)
+        assert torch.equal(model.generate(labels, positions_per_pass=width, **options), expected)
+
+
+def test_where_codes_do_not_depend_on_others_two_passes_do(make_model):
+    """The first guesses are wrong everywhere and the second right everywhere."""
+    model = make_model(depth_mode="parallel", **LARGER)
+    model.embed_tokens.weight.data.zero_()
+    passes = passes_of(model)
+    model.generate([0], generator=3, positions_per_pass=70)
+    assert len(passes) == 2
+    passes.clear()
+    model.generate([0], generator=3, positions_per_pass=1)
+    assert passes == [1] * 70
+
+
+def test_right_guesses_are_final_and_those_behind_a_wrong_one_are_not(make_model, monkeypatch):
+    model, width = make_model(), 6
+    expected = model.generate([0, 1], generator=(1, 2)).flatten(1, 2)
+    start = SamplingLoop.start
+
+    def start_with_guesses(loop, *arguments):
+        start(loop, *arguments)
+        loop.codes_BLD.copy_(expected)
+        loop.codes_BLD[0, 3, 1] += 1 if expected[0, 3, 1] < 10 else -1
+        loop.codes_BLD[1, 4, 1] += 1 if expected[1, 4, 1] < 10 else -1
+
+    monkeypatch.setattr(SamplingLoop, "start", start_with_guesses)
+    finals, step_window = [], SamplingLoop.step_window
+    monkeypatch.setattr(SamplingLoop, "step_window", lambda *a: finals.append(step_window(*a)) or finals[-1])
+    codes = model.generate([0, 1], generator=(1, 2), positions_per_pass=width)
+    assert torch.equal(codes.flatten(1, 2), expected)
+    assert finals[0] == 4 and sum(finals) == 6  # cell 3 itself is right, as the cells before it were
+
+
+def test_the_callback_is_called_once_a_position_in_order_and_sees_no_guesses(make_model, make_inputs, decoder):
+    model = make_model()
+    labels, given = make_inputs(model)
+    mask = torch.rand(given.shape, generator=torch.Generator().manual_seed(2)) < 0.3
+    for options in (dict(), dict(codes=given, codes_mask=mask)):
+        seen = {1: [], 4: []}
+        for width, steps in seen.items():
+            model.generate(
+                labels,
+                generator=(1, 2),
+                positions_per_pass=width,
+                callback=lambda cell, codes, steps=steps: steps.append((cell, codes.clone())),
+                **options,
+            )
+        assert [cell for cell, _ in seen[4]] == list(range(6))
+        assert all(torch.equal(one[1], other[1]) for one, other in zip(seen[1], seen[4], strict=True))
+        stopped = model.generate(
+            labels, generator=(1, 2), positions_per_pass=4, callback=lambda cell, _: cell == 2, **options
+        )
+        assert torch.equal(stopped, seen[1][2][1])
+
+
+def test_logits_that_are_not_finite_are_an_error_in_windows_too(make_model, decoder):
+    model = make_model()
+    model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        model.generate([0, 1], positions_per_pass=4)
+
+
+@pytest.fixture(scope="module")
+def words() -> DnDForImageGeneration:
+    return DnDForImageGeneration.from_pretrained(bundled_checkpoint("words"), subfolder="transformer").float().eval()
+
+
+def test_the_bundled_model_gives_equal_codes_in_little_more_than_half_the_passes(words):
+    """docs/benchmarks.md has the command for 200 seeds."""
+    labels, seeds = list(range(16)), list(range(16))
+    expected = words.generate(labels, generator=seeds)
+    passes = passes_of(words)
+    try:
+        codes = [words.generate(label, generator=[seed], positions_per_pass=8)[0] for label, seed in zip(labels, seeds)]
+    finally:
+        del words.decode
+    assert torch.equal(torch.stack(codes), expected)
+    assert len(passes) / 16 < 64 / 1.7
+
+
+def cumulative(model, label: int, codes: torch.Tensor) -> torch.Tensor:
+    """Cumulative probabilities `(cells, depth, vocab + 1)` of a teacher-forced pass at temperature 0.85."""
+    with torch.no_grad():
+        logits = model(torch.tensor([label]), codes).logits[0].double() / 0.85
+    return F.pad(logits.softmax(-1).cumsum(-1), (1, 0))
+
+
+def test_rounding_decides_only_where_a_random_number_is_next_to_a_border(words, plain):
+    """In bfloat16 codes differ. The first that does is next to a border: the random number lies outside of its interval
+    of exact cumulative probabilities by no more than these are rounded in the image."""
+    half = copy.deepcopy(words).bfloat16()
+    exact, differing = copy.deepcopy(half).double(), 0
+    for seed in range(4):
+        options = dict(generator=[seed], guidance_scale=1, temperature=0.85)
+        one, several = (half.generate(seed, positions_per_pass=width, **options) for width in (1, 8))
+        differ = (one != several).flatten().nonzero()
+        if not len(differ):
+            continue
+        differing += 1
+        cell, k = divmod(int(differ[0]), 4)
+        bounds = cumulative(exact, seed, one)
+        rounding = 2 * (bounds - cumulative(half, seed, one)).abs().max()
+        uniform = uniforms_of(half, seed)[0, cell, k]
+        for code in (one.flatten()[differ[0]], several.flatten()[differ[0]]):
+            low, high = bounds[cell, k, code], bounds[cell, k, code + 1]
+            assert low - rounding <= uniform <= high + rounding
+    assert differing
+
+
+def test_auto_is_one_where_codes_could_change_or_nothing_is_gained():
+    sizes = dict(rows=2, batch=1, length=64, dtype=torch.float32, packed=True)
+    assert automatic_positions_per_pass(**sizes) == 8
+    assert automatic_positions_per_pass(**{**sizes, "rows": 1}) == 16
+    for change in (dict(batch=2, rows=4), dict(length=63), dict(dtype=torch.bfloat16), dict(packed=False)):
+        assert automatic_positions_per_pass(**{**sizes, **change}) == 1
+
+
+@pytest.mark.parametrize("cost", [1.0, 1.5, 4.0])
+@pytest.mark.parametrize("cells", [1, 2, 3])
+def test_auto_loses_little_and_keeps_what_it_gains(cells, cost):
+    """A machine whose passes of several cells take `cost` passes of one and make so many cells final."""
+    length, profit, took, done = 256, Profit(windows.LARGEST_LOSS * 256), 0.0, 0
+    while done < length:
+        several = profit.expected
+        took += cost if several else 1
+        profit.count(not several, cost if several else 1.0, cells if several else 1)
+        done += cells if several else 1
+    if cells >= cost:
+        assert took <= 4 + cost * (256 - 4) / cells + cost
+    else:
+        assert took < 256 * 1.03 + cost
+
+
+def test_auto_gives_the_codes_of_one_position_a_pass(words):
+    for seed in range(2):
+        passes = passes_of(words)
+        codes = words.generate(seed, generator=[seed])
+        del words.decode
+        assert passes[:4] == [1] * 4 and passes[4] == 8
+        assert torch.equal(codes, words.generate(seed, generator=[seed], positions_per_pass=1))
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "many", None])
+def test_wrong_positions_per_pass_are_refused(wrong, make_model):
+    with pytest.raises(ValueError, match="`positions_per_pass` must be"):
+        make_model().generate([0], positions_per_pass=wrong)
+
+
+def test_cuda_graphs_take_one_position_a_pass(make_model, graphed):
+    model = make_model()
+    expected = model.generate([0], generator=3)
+    model.cuda_graphs = True
+    for allowed in (1, "auto"):
+        assert torch.equal(model.generate([0], generator=3, positions_per_pass=allowed), expected)
+    with pytest.raises(ValueError, match='`positions_per_pass` must be 1 or "auto" with `cuda_graphs`, got 2'):
+        model.generate([0], positions_per_pass=2)
