@@ -22,8 +22,7 @@ from .packed_decoder import can_run_packed, packed_runner
 from .scoring import CodeScores, code_log_probs
 from .settings import SamplingSettings
 from .windows import (
-    LARGEST_LOSS,
-    Profit,
+    Credit,
     automatic_positions_per_pass,
     checked_positions_per_pass,
     one_cell_a_pass,
@@ -42,6 +41,7 @@ class ImageGenerationMixin(InpaintingMixin):
     call with a new batch size (rounded up to a power of two), temperature or filter and kept, cache included."""
 
     _kept_loops: KeptLoops | None = None
+    _window_credits: dict[int, Credit] | None = None
 
     def generate(
         self,
@@ -229,15 +229,16 @@ class ImageGenerationMixin(InpaintingMixin):
             loop = self._graphed_loop(settings, conditions_BT)
             return loop, one_cell_a_pass(loop, whole_L)
         batch, device, packed = len(conditions_BT), conditions_BT.device, can_run_packed(self)
-        rows, profit = 2 * batch if settings.guided else batch, None
+        rows, credit = 2 * batch if settings.guided else batch, None
         if isinstance(cells_a_pass, str):
             cells_a_pass = automatic_positions_per_pass(rows, batch, len(whole_L), self.dtype, packed)
-            profit = Profit(LARGEST_LOSS * len(whole_L))
+            self._window_credits = self._window_credits or {}
+            credit = self._window_credits.setdefault(rows, Credit())
         runner = packed_runner(self, rows, cells_a_pass) if packed else plain_runner(self, rows, device, cells_a_pass)
         loop = SamplingLoop(self, runner, batch, settings, device)
         if cells_a_pass == 1:
             return loop, one_cell_a_pass(loop, whole_L)
-        return loop, several_cells_a_pass(loop, whole_L, cells_a_pass, profit)
+        return loop, several_cells_a_pass(loop, whole_L, cells_a_pass, credit)
 
     def _graphed_loop(self, settings: SamplingSettings, conditions_BT: Tensor) -> GraphedLoop:
         weights, kept = tuple(weight.data_ptr() for weight in self.parameters()), self._kept_loops

@@ -20,13 +20,14 @@ from .loop import SamplingLoop
 ROWS_AT_ONCE = 16
 """Rows (sequences x cells) of a pass that `"auto"` tries: on a CPU more rows take about as much longer as they gain."""
 SHORTEST_GRID = 64
-"""Cells that a grid must have for `"auto"` to try, since trying has its price."""
+"""Cells that a grid must have for `"auto"` to try."""
+SINGLE_CELLS = 0.25
+"""Share of the grid that `"auto"` samples one by one: with so little before them, guesses are rarely right."""
 SINGLE_PASSES = 4
-"""Passes of one cell that are timed first."""
-TRIED_PASSES = 2
-"""Passes of several cells that are made before they are judged; the first may have to prepare its kernels."""
-LARGEST_LOSS = 0.015
-"""What wrong guesses may cost, as a share of the passes that one cell at a time takes."""
+"""Passes of one cell that are timed at least."""
+FIRST_CREDIT, LARGEST_CREDIT, EARNED_CREDIT = 6.0, 12.0, 0.02
+"""How many passes of one cell `"auto"` may lose with a model at first, at most, and more for each cell that it samples
+by itself: once it has found out that windows do not pay, it is slower by that share."""
 
 
 def checked_positions_per_pass(value: int | str, sequence_length: int, cuda_graphs: bool) -> int | str:
@@ -58,14 +59,14 @@ def one_cell_a_pass(loop: SamplingLoop, whole_L: Sequence[bool]) -> Iterator[int
 
 
 def several_cells_a_pass(
-    loop: SamplingLoop, whole_L: Sequence[bool], width: int, profit: "Profit | None" = None
+    loop: SamplingLoop, whole_L: Sequence[bool], width: int, credit: "Credit | None" = None
 ) -> Iterator[int]:
     """The same with up to `width` cells a pass.
 
     The images of a batch go on together, by the cells that are final in all of them; each keeps its own guesses.
 
     Args:
-        profit: says when passes of several cells do not pay; None: they are made anyway.
+        credit: says when passes of several cells do not pay; None: they are made anyway.
     """
     cell, length = 0, len(whole_L)
     while cell < length:
@@ -73,52 +74,51 @@ def several_cells_a_pass(
             yield cell
             cell += 1
             continue
-        count = min(width, length - cell) if profit is None or profit.expected else 1
-        started = time.perf_counter()
+        count = min(width, length - cell) if credit is None or credit.allows(cell / length) else 1
+        started = time.thread_time()
         final = loop.step_window(cell, count)
-        if profit is not None:
+        if credit is not None:
             sampled = final - sum(whole_L[cell : cell + final])
-            profit.count(count == 1, time.perf_counter() - started, sampled)
+            credit.count(count == 1, time.thread_time() - started, sampled)
         yield from range(cell, cell + final)
         cell += final
 
 
 @dataclass
-class Profit:
-    """Whether passes of several cells pay, from what they took and what they brought.
+class Credit:
+    """Whether passes of several cells pay, from what those of a model have taken and brought so far.
 
-    The fastest pass of each kind counts, as others may have waited for something else. The clock decides only how
-    codes are computed, never which: `"auto"` is for precisions in which both ways give the same.
-
-    Args:
-        largest_loss: how many passes of one cell may be lost.
+    Their gains, in passes of one cell, are what later ones may lose. The fastest pass of each kind counts, in time of
+    this thread, whatever else the machine is busy with. The clock decides only how codes are computed, never which:
+    `"auto"` is for precisions in which both ways give the same.
     """
 
-    largest_loss: float
+    passes: float = FIRST_CREDIT
     single_passes: int = 0
-    passes: int = 0
-    cells: int = 0
+    window_passes: int = 0
     single_seconds: float = float("inf")
-    seconds: float = float("inf")
+    window_seconds: float = float("inf")
+
+    @property
+    def cost(self) -> float:
+        """What a pass of several cells takes, in passes of one; the first of them may have to prepare kernels."""
+        return max(1.0, self.window_seconds / self.single_seconds) if self.window_passes > 1 else 1.5
+
+    def allows(self, progress: float) -> bool:
+        """Whether the next pass may be of several cells, when this share of the grid is final."""
+        return progress >= SINGLE_CELLS and self.single_passes >= SINGLE_PASSES and self.passes >= self.cost - 1
 
     def count(self, single: bool, seconds: float, cells: int) -> None:
         """Counts a pass, and the cells that it sampled."""
         if single:
             self.single_passes += 1
             self.single_seconds = min(self.single_seconds, seconds)
+            self.passes += EARNED_CREDIT
         else:
-            self.passes += 1
-            self.cells += cells
-            self.seconds = min(self.seconds, seconds)
-
-    @property
-    def expected(self) -> bool:
-        """Whether the next pass should be of several cells."""
-        if self.single_passes < SINGLE_PASSES:
-            return False
-        if self.passes < TRIED_PASSES:
-            return True
-        return self.passes * max(1, self.seconds / self.single_seconds) - self.cells <= self.largest_loss
+            self.window_passes += 1
+            self.window_seconds = min(self.window_seconds, seconds)
+            self.passes += cells - self.cost
+        self.passes = min(self.passes, LARGEST_CREDIT)
 
 
 def automatic_positions_per_pass(rows: int, batch: int, length: int, dtype: torch.dtype, packed: bool) -> int:
