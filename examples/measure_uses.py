@@ -101,30 +101,34 @@ def by_candidate(values: list[torch.Tensor], count: int) -> torch.Tensor:
 def restore(pipe: DnDPipeline, engine: OCREngine, args: UsesArguments) -> list[Row]:
     """The share of words that OCR reads right after one of their letters was hidden and filled in.
 
-    The model is not told the word: guidance 0 is the null class.
+    The model is told the word, or not: guidance 0 is the null class. A ring of cells around the letter is sampled too.
     """
     dataset = WordImages(args.num_images, seed=REAL_SEED + args.seed)
     images = [dataset[i]["image"] for i in range(args.num_images)]
-    words = [WORDS[dataset[i]["label"]] for i in range(args.num_images)]
+    labels = [dataset[i]["label"] for i in range(args.num_images)]
+    words = [WORDS[label] for label in labels]
     rng = np.random.default_rng(args.seed)
     masks = [letter_mask(image, int(rng.integers(len(word)))) for image, word in zip(images, words)]
-    rows = [{"particles": "(the images before)", "read": exact_match(engine(images), words)}]
+    before = exact_match(engine(images), words)
+    rows: list[Row] = [{"particles": "images before", "word not told": before, "word told": before}]
     for num_particles in (1, 4, 16):
-        filled: list[Image.Image] = []
-        size = max(1, args.batch_size // num_particles)
-        for start in tqdm(range(0, args.num_images, size), desc=f"{num_particles} particles"):
-            part = slice(start, start + size)
-            filled += pipe(
-                [0] * len(images[part]),
-                guidance_scale=0.0,
-                temperature=1.0,
-                generator=list(range(args.num_images))[part],
-                image=images[part],
-                mask_image=masks[part],
-                mask_ring=0,
-                num_particles=num_particles,
-            ).images
-        rows.append({"particles": str(num_particles), "read": exact_match(engine(filled), words)})
+        row: Row = {"particles": str(num_particles)}
+        for name, guidance_scale in (("word not told", 0.0), ("word told", 1.0)):
+            filled: list[Image.Image] = []
+            size = max(1, args.batch_size // num_particles)
+            for start in tqdm(range(0, args.num_images, size), desc=f"{num_particles} particles, {name}"):
+                part = slice(start, start + size)
+                filled += pipe(
+                    labels[part],
+                    guidance_scale=guidance_scale,
+                    temperature=1.0,
+                    generator=list(range(args.num_images))[part],
+                    image=images[part],
+                    mask_image=masks[part],
+                    num_particles=num_particles,
+                ).images
+            row[name] = exact_match(engine(filled), words)
+        rows.append(row)
     return rows
 
 

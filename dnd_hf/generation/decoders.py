@@ -147,6 +147,9 @@ class PlainDecoder:
             partial(layer, past_key_values=cache, **options) for layer, cache in zip(self.stack.layers, self.caches)
         ]
 
+    def reorder(self, rows: Tensor) -> None:
+        self.memory.copy_(self.memory[:, :, rows])
+
 
 class FixedKeysValues:
     """Keys and values of one layer, of which its attention always gets the same part, filled or not.
@@ -199,3 +202,6 @@ class StaticDecoder:
         return [
             partial(layer, past_key_values=cache, **options) for layer, cache in zip(self.stack.layers, self.caches)
         ]
+
+    def reorder(self, rows: Tensor) -> None:
+        self.memory.copy_(self.memory[:, :, rows])

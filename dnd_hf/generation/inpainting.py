@@ -93,9 +93,11 @@ class ParticleLoop(SamplingLoop):
         stay_BN = torch.arange(self.num_particles, device=weights_BN.device).expand_as(ancestors_BN)
         ancestors_BN = torch.where(poor_B[:, None], ancestors_BN.clamp(max=self.num_particles - 1), stay_BN)
         first_B1 = torch.arange(len(weights_BN), device=weights_BN.device)[:, None] * self.num_particles
-        self.codes_BLD.copy_(self.codes_BLD[(first_B1 + ancestors_BN).flatten()])
+        rows_R = (first_B1 + ancestors_BN).flatten()
+        self.codes_BLD.copy_(self.codes_BLD[rows_R])
         self.log_weights_BN.masked_fill_(poor_B[:, None], 0)
-        self.unread = 0  # what the decoders keep is of the old particles: the next pass reads all tokens anew
+        # A further decoder reads the depths of one cell, and begins anew at the next.
+        self.runner.decoders[0].reorder(torch.cat([rows_R, rows_R + len(rows_R)]) if self.guided else rows_R)
 
     def drawn(self) -> Tensor:
         """`(images, height, width, depth)`: of each image one particle, drawn by its weight."""
@@ -124,8 +126,8 @@ class InpaintingMixin(GenerationMixin):
         """Samples the codes that are not given, with regard to all that are, also those that come later.
 
         As `num_particles` grows, the distribution becomes that of the model given these codes. One particle is what
-        `generate(codes=, codes_mask=)` does. An image costs as much as `num_particles` images, and a pass over the
-        codes so far for each resampling. It runs without CUDA graphs.
+        `generate(codes=, codes_mask=)` does. An image costs as much as `num_particles` images. It runs without CUDA
+        graphs.
 
         Args:
             class_labels, codes, codes_mask, generator, callback: as in `generate`. The callback sees the codes of the

@@ -53,6 +53,9 @@ class Decoder(Protocol):
         Positions come in order. Back at 0 the decoder begins anew: what it kept is no longer seen.
         """
 
+    def reorder(self, rows: Tensor) -> None:
+        """Row i takes over what was kept of row `rows[i]`."""
+
 
 class ImageCodeModel(Protocol):
     """A model that predicts the codes of a grid cell by cell, and those of a cell depth by depth.

@@ -77,6 +77,10 @@ class PackedDecoder:
             options["rotary"] = tuple(table[position:end] for table in self.rotary)
         return [partial(layer, **options) for layer in self.layers]
 
+    def reorder(self, rows: Tensor) -> None:
+        for layer in self.layers:
+            layer.attention.reorder(rows)
+
 
 class PackedLayer:
     """A pre-norm transformer block for few tokens of each of up to `rows` sequences."""
@@ -117,6 +121,12 @@ class PackedAttention:
         """Makes room for so many more positions in the cache."""
         room = self.keys.new_zeros(len(self.keys), positions, self.head_dim)
         self.keys, self.values = (torch.cat([filled, room], dim=1) for filled in (self.keys, self.values))
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i takes over the keys and values of row `rows[i]`."""
+        self.keys, self.values = (
+            kept.unflatten(0, (-1, self.kv_heads))[rows].flatten(0, 1) for kept in (self.keys, self.values)
+        )
 
     def __call__(self, hidden_RTC: Tensor, position: int, rotary: tuple[Tensor, Tensor] | None, mask: Tensor) -> Tensor:
         """`(rows, T, hidden_size)` of the tokens from `position` on; cosines and sines `(T, 1, head_dim)`, mask

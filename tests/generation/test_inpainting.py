@@ -4,8 +4,10 @@ import itertools
 
 import pytest
 import torch
-from definitions import assert_frequencies
+from definitions import assert_frequencies, guided_logits
 from scipy.stats import chisquare
+
+from dnd_hf.generation import inpainting
 
 
 @pytest.fixture(params=["dnd", "rq_transformer"])
@@ -112,3 +114,42 @@ def test_wrong_arguments_are_refused(options, message, make_model, make_inputs):
     arguments = dict(class_labels=[1], codes=codes, codes_mask=torch.zeros_like(codes, dtype=torch.bool))
     with pytest.raises(ValueError, match=message):
         model.inpaint(**{**arguments, "num_particles": 2, **options})
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+def test_layers_that_run_as_they_are_give_the_codes_of_packed_ones(scale, make, make_inputs, monkeypatch):
+    model = make()
+    labels, codes = make_inputs(model, batch=20)
+    mask = torch.rand(codes.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    expected = model.inpaint(labels, codes, mask, num_particles=8, guidance_scale=scale, generator=0)
+    monkeypatch.setattr(inpainting, "can_run_packed", lambda model: False)
+    found = model.inpaint(labels, codes, mask, num_particles=8, guidance_scale=scale, generator=0)
+    assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+def test_particles_that_were_resampled_continue_from_their_own_past(scale, packed, make, make_inputs, monkeypatch):
+    """The codes of a resampled particle must be weighed as a whole pass over them weighs them."""
+    model, seen = make(), {}
+    monkeypatch.setattr(inpainting, "can_run_packed", lambda model: packed)
+    labels, codes = make_inputs(model, batch=4)
+    mask = torch.zeros_like(codes, dtype=torch.bool)
+    mask[:, :, 1] = True
+
+    def resample(loop, cell):
+        if cell == 1:
+            loop.log_weights_BN[:, [2, 4]] += 1000  # so that only these two are left
+        met = loop.log_weights_BN.clone(), loop.codes.clone()
+        original(loop, cell)
+        seen[cell] = (*met, loop.log_weights_BN.clone())
+
+    original = inpainting.ParticleLoop.resample
+    monkeypatch.setattr(inpainting.ParticleLoop, "resample", resample)
+    model.inpaint(labels, codes, mask, num_particles=6, guidance_scale=scale, generator=0)
+    assert (seen[1][2] == 0).all()
+    weights, sampled, _ = seen[4]
+    logits = guided_logits(model, labels.repeat_interleave(6), sampled, scale)
+    log_probs = logits.log_softmax(-1)[:, 4].gather(-1, sampled.flatten(1, 2)[:, 4, :, None])
+    torch.testing.assert_close(weights - seen[3][2], log_probs.sum((1, 2)).view(4, 6), rtol=0, atol=1e-4)
