@@ -105,7 +105,8 @@ class ParticleLoop(SamplingLoop):
         chosen_B1 = torch.searchsorted(cumulative_BN, self.uniform_BE[:, -1:].contiguous(), right=True)
         chosen_B = chosen_B1.squeeze(1).clamp(max=self.num_particles - 1)
         images = torch.arange(len(chosen_B), device=chosen_B.device)
-        return self.codes.unflatten(0, (-1, self.num_particles))[images, chosen_B]
+        codes = self.codes_BLD.unflatten(1, tuple(self.model.config.grid_size)).unflatten(0, (-1, self.num_particles))
+        return codes[images, chosen_B]
 
 
 class InpaintingMixin(GenerationMixin):
@@ -171,7 +172,7 @@ class InpaintingMixin(GenerationMixin):
             loop.follow(count, resolved.temperature, given, uniform_BE)
             for cell in range(config.sequence_length):
                 loop.advance(cell)
-                if callback is not None and callback(cell, loop.codes[::count]) is True:
+                if callback is not None and callback(cell, loop.codes_up_to(cell)[::count]) is True:
                     break
-        loop.check_finite()
+        loop.check_finite(cell)
         return loop.drawn()

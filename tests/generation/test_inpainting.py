@@ -141,7 +141,7 @@ def test_particles_that_were_resampled_continue_from_their_own_past(scale, packe
     def resample(loop, cell):
         if cell == 1:
             loop.log_weights_BN[:, [2, 4]] += 1000  # so that only these two are left
-        met = loop.log_weights_BN.clone(), loop.codes.clone()
+        met = loop.log_weights_BN.clone(), loop.codes_up_to(cell).clone()
         original(loop, cell)
         seen[cell] = (*met, loop.log_weights_BN.clone())
 
