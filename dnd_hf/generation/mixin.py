@@ -226,14 +226,15 @@ class ImageGenerationMixin(InpaintingMixin):
     ) -> tuple[SamplingLoop, Iterator[int]]:
         """The loop of a call, and what goes through it and yields each cell when it is final."""
         if self.cuda_graphs:
-            loop = self._graphed_loop(settings, conditions_BT)
-            return loop, one_cell_a_pass(loop, whole_L)
+            graphed = self._graphed_loop(settings, conditions_BT)
+            return graphed, one_cell_a_pass(graphed, whole_L)
         batch, device, packed = len(conditions_BT), conditions_BT.device, can_run_packed(self)
         rows, credit = 2 * batch if settings.guided else batch, None
         if isinstance(cells_a_pass, str):
             cells_a_pass = automatic_positions_per_pass(rows, batch, len(whole_L), self.dtype, packed)
-            self._window_credits = self._window_credits or {}
-            credit = self._window_credits.setdefault(rows, Credit())
+            if cells_a_pass > 1:
+                self._window_credits = self._window_credits or {}
+                credit = self._window_credits.setdefault(rows, Credit())
         runner = packed_runner(self, rows, cells_a_pass) if packed else plain_runner(self, rows, device, cells_a_pass)
         loop = SamplingLoop(self, runner, batch, settings, device)
         if cells_a_pass == 1:
