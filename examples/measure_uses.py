@@ -75,8 +75,7 @@ def best_of_n(pipe: DnDPipeline, engine: OCREngine, args: UsesArguments) -> list
             ]
             for _ in range(counts[-1]):
                 codes = pipe(part, generator=generators, output_type="codes").images
-                images = pipe.image_processor.postprocess(pipe.vqvae.decode_codes(codes).sample)
-                texts = engine(images)
+                texts = engine(decoded(pipe, codes))
                 right = torch.tensor([text.strip() == WORDS[label] for text, label in zip(texts, part.tolist())])
                 scores["rapidocr-line"].append(right.float())
                 for name in RANKS:
@@ -101,7 +100,8 @@ def by_candidate(values: list[torch.Tensor], count: int) -> torch.Tensor:
 def restore(pipe: DnDPipeline, engine: OCREngine, args: UsesArguments) -> list[Row]:
     """The share of words that OCR reads right after one of their letters was hidden and filled in.
 
-    The model is told the word, or not: guidance 0 is the null class. A ring of cells around the letter is sampled too.
+    Rendered images are filled in by the pipeline, whose ring of cells around the letter is sampled too; the model is
+    told the word, or not (guidance 0 is the null class). Of images that the model made, the codes themselves are given.
     """
     dataset = WordImages(args.num_images, seed=REAL_SEED + args.seed)
     images = [dataset[i]["image"] for i in range(args.num_images)]
@@ -110,7 +110,11 @@ def restore(pipe: DnDPipeline, engine: OCREngine, args: UsesArguments) -> list[R
     rng = np.random.default_rng(args.seed)
     masks = [letter_mask(image, int(rng.integers(len(word)))) for image, word in zip(images, words)]
     before = exact_match(engine(images), words)
-    rows: list[Row] = [{"particles": "images before", "word not told": before, "word told": before}]
+    own, own_kept = own_images(pipe, labels, rng, args)
+    own_before = exact_match(engine(decoded(pipe, own)), words)
+    rows: list[Row] = [
+        {"particles": "images before", "word not told": before, "word told": before, "own images, not told": own_before}
+    ]
     for num_particles in (1, 4, 16):
         row: Row = {"particles": str(num_particles)}
         for name, guidance_scale in (("word not told", 0.0), ("word told", 1.0)):
@@ -128,8 +132,35 @@ def restore(pipe: DnDPipeline, engine: OCREngine, args: UsesArguments) -> list[R
                     num_particles=num_particles,
                 ).images
             row[name] = exact_match(engine(filled), words)
+        codes = [
+            pipe.transformer.inpaint(
+                [0] * len(given), given, kept, num_particles, generator=args.seed, guidance_scale=0.0, temperature=1.0
+            )
+            for given, kept in zip(own.split(size), own_kept.split(size))
+        ]
+        row["own images, not told"] = exact_match(engine(decoded(pipe, torch.cat(codes))), words)
         rows.append(row)
     return rows
+
+
+def own_images(
+    pipe: DnDPipeline, labels: list[int], rng: np.random.Generator, args: UsesArguments
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of generated words, and where they are kept: not at one letter."""
+    options = dict(generator=args.seed, guidance_scale=1.0, temperature=1.0, output_type="codes")
+    codes = torch.cat([pipe(part.tolist(), **options).images for part in torch.tensor(labels).split(args.batch_size)])
+    stride = pipe.vqvae.code_stride
+    kept = []
+    for image, label in zip(decoded(pipe, codes), labels):
+        white = np.asarray(letter_mask(image, int(rng.integers(len(WORDS[label])))))
+        kept.append(torch.from_numpy(white[:: stride[0], :: stride[1]] == 0))
+    return codes, torch.stack(kept).to(codes.device)[..., None].expand(codes.shape)
+
+
+@torch.no_grad()
+def decoded(pipe: DnDPipeline, codes: torch.Tensor) -> list[Image.Image]:
+    """The images of codes."""
+    return pipe.image_processor.postprocess(pipe.vqvae.decode_codes(codes).sample)
 
 
 def letter_mask(image: Image.Image, letter: int) -> Image.Image:
