@@ -291,6 +291,8 @@ class RQVAETraining(TrainingRun):
 
     def next_command(self) -> str:
         data = ["--dataset_name", self.args.dataset_name]
+        if self.args.max_broken_share != RQVAEArguments.max_broken_share:
+            data += ["--max_broken_share", str(self.args.max_broken_share)]
         return shlex.join(
             ["python", "examples/extract_codes.py", *data, "--vqvae", self.args.output_dir, "--output_dir", "codes"]
         )

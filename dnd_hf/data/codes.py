@@ -205,6 +205,8 @@ class CodesDataset(torch.utils.data.Dataset):
         if not Path(path, "dataset_info.json").exists():
             if Path(path, "extraction.json").exists():
                 raise ValueError(f"{path} is unfinished: start examples/extract_codes.py again as before.")
+            if not Path(path).exists():
+                raise ValueError(f"There is no folder {path}; examples/extract_codes.py makes codes datasets.")
             raise ValueError(f"{path} holds no codes dataset; examples/extract_codes.py makes one.")
         rows = datasets.load_from_disk(str(path))
         if "codes" not in rows.column_names:

@@ -305,7 +305,7 @@ def check_broken_share(num_broken: int, num_images: int, max_broken_share: float
     if num_broken > max_broken_share * num_images:
         raise RuntimeError(
             f"{num_broken} of {num_images} images are broken, more than `max_broken_share` {max_broken_share}"
-            f" allows; for example, {example}"
+            f" allows; for example, {example}. Remove the broken files, or allow a larger share and resume."
         )
 
 

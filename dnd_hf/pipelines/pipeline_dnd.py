@@ -103,7 +103,8 @@ class DnDPipeline(SavingMixin, LikelihoodMixin, StreamingMixin, DiffusionPipelin
             if name not in labels:
                 known = {one.lower(): one for one in labels}
                 near = [known[one] for one in get_close_matches(name.lower(), known, n=3, cutoff=0.5)]
-                hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "`pipe.labels` lists them."
+                few = ", ".join(map(repr, labels)) if len(labels) <= 20 else "`pipe.labels` lists them"
+                hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"{few}."
                 raise ValueError(f"`class_labels` must be names of this model's classes, got {name!r}: {hint}")
             ids.append(labels[name])
         return ids
