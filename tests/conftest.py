@@ -9,6 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a test worker for each core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the scripts that tests start
+    torch.set_num_threads(1)
+
 # Before huggingface_hub is imported: no test needs the network, and code of saved pipelines leaves nothing behind.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 MODULES_CACHE = tempfile.TemporaryDirectory(prefix="dnd_hf_modules_")

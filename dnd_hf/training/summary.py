@@ -34,13 +34,14 @@ def run_summary(environment: RunEnvironment, args: RunArguments, model: nn.Modul
     epochs = args.max_train_steps * samples_per_step / num_samples
     precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     accumulated = args.gradient_accumulation_steps
+    source = getattr(args, "codes_dir", None) or args.dataset_name
     held_out = f"{args.num_validation_images:,} images held out"
     if args.num_validation_images > num_samples / 4:
         held_out += ": a large share, fewer by --num_validation_images"
     return {
         "model": f"{type(model).__name__}, {count:,} parameters"
         + (f", {trained:,} trained" if trained < count else ""),
-        "data": f"{getattr(args, 'codes_dir', None) or args.dataset_name}: {num_samples:,} samples to train on, {held_out}",
+        "data": f"{source}: {num_samples:,} samples to train on, {held_out}",
         "device": f"{_device(accelerator.device)}, {precision}",
         "steps": f"{environment.first_step:,} to {args.max_train_steps:,}, {epochs:,.2f} epochs in all",
         "batch": f"{samples_per_step:,} samples a step: {args.train_batch_size} x {accumulated} accumulated x"
