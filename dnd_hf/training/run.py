@@ -5,6 +5,7 @@ import math
 import re
 import signal
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -140,9 +141,7 @@ class TrainingRun(ABC):
             self._export(self.output_dir)
             if accelerator.is_main_process:
                 write_model_card(args, self.environment.repo_id, accelerator, len(self.dataset))
-            # Gloo's threads may be holding on to tensors of the last reduction, and block the end of a process then.
-            accelerator.wait_for_everyone()
-            accelerator.end_training()
+            self._end_processes()
         if accelerator.is_main_process:
             print(f"Saved to {self.output_dir}. Next: {self.next_command()}")
         if self.environment.repo_id is not None:
@@ -212,13 +211,23 @@ class TrainingRun(ABC):
 
     def _leave(self, step: int, number: int) -> NoReturn:
         self.progress.close()
-        self.accelerator.end_training()
+        self._end_processes()
         if self.accelerator.is_main_process:
             print(
                 f"Stopped by {signal.Signals(number).name} after step {step:,}; {self.output_dir}/checkpoint-{step} is"
                 " written. To resume, give the same command with --resume_from_checkpoint latest."
             )
         sys.exit(128 + number)
+
+    def _end_processes(self) -> None:
+        """Ends the trackers and the process group, when gloo's thread has let go of its last tensors.
+
+        The thread needs Python's lock for that, which the end of the group would hold while it waits for the thread.
+        """
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.num_processes > 1:
+            time.sleep(1)
+        self.accelerator.end_training()
 
     def _is_validation_missing(self) -> bool:
         """Whether the run that is resumed was stopped between a checkpoint and its validation."""
