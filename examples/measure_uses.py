@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["dnd-hf[eval]"]
+#
+# [tool.uv.sources]
+# dnd-hf = { path = "..", editable = true }
+# ///
 """Measures what else a trained model of words can do, each use beside an OCR engine. See docs/recipes.md.
 
 python examples/measure_uses.py --use classify

@@ -207,7 +207,7 @@ CASES = [  # (the argument that the message must name, what else it must say, th
     ("class_labels", "4 classes", pipe(None)),
     ("class_labels", "'tenhc': did you mean 'tench'", pipe("tenhc")),
     ("class_labels", "'tiger shark'", pipe(["tench", "tigershark"])),
-    ("class_labels", "pipe.labels", pipe("qqqqqq")),
+    ("class_labels", "great white shark", pipe("qqqqqq")),
     ("class_labels", "did you mean 'goldfish'", lambda world: world.pipe.get_label_ids(["goldfich"])),
     ("num_images_per_label", "0", pipe(num_images_per_label=0)),
     ("num_images_per_label", "1.5", pipe(num_images_per_label=1.5)),
