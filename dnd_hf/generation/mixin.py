@@ -1,4 +1,4 @@
-"""ImageGenerationMixin: adds `generate` and `score` to a model that predicts the residual codes of a grid."""
+"""ImageGenerationMixin: adds `generate` and scoring to a model that predicts the residual codes of a grid."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -19,7 +19,7 @@ from .inpainting import InpaintingMixin
 from .loop import SamplingLoop
 from .noise import checked_generators, uniform_noise
 from .packed_decoder import can_run_packed, packed_runner
-from .scoring import CodeScores, code_log_probs
+from .scoring import CodeDistributions, CodeScores, code_distributions, code_log_probs
 from .settings import SamplingSettings
 from .windows import (
     Credit,
@@ -31,7 +31,8 @@ from .windows import (
 
 
 class ImageGenerationMixin(InpaintingMixin):
-    """Adds `generate`, which replaces that of transformers (several codes a step), `inpaint` and `score`.
+    """Adds `generate`, which replaces that of transformers (several codes a step), `inpaint`, `score` and
+    `code_distributions`.
 
     What a model must offer for them is [`ImageCodeModel`].
     """
@@ -220,6 +221,29 @@ class ImageGenerationMixin(InpaintingMixin):
         with evaluation_mode(self):
             log_probs = torch.cat([code_log_probs(self, *part) for part in parts])
         return CodeScores(total=log_probs.sum((1, 2, 3)), log_probs=log_probs)
+
+    @torch.no_grad()
+    @apply_forward_hook
+    def code_distributions(
+        self, class_labels: Tensor | Sequence[int] | int | None, codes: Tensor, num_top_codes: int = 5
+    ) -> CodeDistributions:
+        """What the model expected at each code: entropies, the most likely codes, and the probability of the given one.
+
+        The distributions are the model's own (temperature 1, no filters, no guidance), and all images pass the layers
+        at once; the rest is as in [`score`].
+
+        Args:
+            class_labels, codes: as in [`score`].
+            num_top_codes: how many of the most likely codes, in `[1, vocab_size]`.
+
+        Raises:
+            ValueError: an argument of another shape or type, or out of its range; nothing has been computed then.
+        """
+        codes = self._check_codes(codes)
+        conditions_BT = self._scored_conditions(class_labels, codes)
+        num_top_codes = whole_number("num_top_codes", num_top_codes, maximum=self.config.vocab_size)
+        with evaluation_mode(self):
+            return code_distributions(self, conditions_BT, codes, num_top_codes)
 
     def _sampling(
         self, settings: SamplingSettings, conditions_BT: Tensor, whole_L: Sequence[bool], cells_a_pass: int | str

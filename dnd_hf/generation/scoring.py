@@ -1,4 +1,4 @@
-"""The log-probability of given codes: one teacher-forced pass, with few logits at a time."""
+"""What a model expects at each of given codes: one teacher-forced pass, with few logits at a time."""
 
 from dataclasses import dataclass
 
@@ -26,6 +26,24 @@ class CodeScores(ModelOutput):
     log_probs: Tensor | None = None
 
 
+@dataclass
+class CodeDistributions(ModelOutput):
+    """Output of `code_distributions`: what the model expected at each code, given all codes before it.
+
+    Args:
+        log_probs: `(batch, height, width, depth)` float32, in nats: of the given codes, as in [`CodeScores`].
+        entropies: `(batch, height, width, depth)` float32, in nats: `-sum(p ln p)` over the codebook, in
+            `[0, ln vocab_size]`.
+        top_codes: `(batch, height, width, depth, num_top_codes)` int64: the most likely codes, the likeliest first.
+        top_log_probs: the same shape, float32, in nats: theirs.
+    """
+
+    log_probs: Tensor | None = None
+    entropies: Tensor | None = None
+    top_codes: Tensor | None = None
+    top_log_probs: Tensor | None = None
+
+
 def code_log_probs(model: ImageCodeModel, conditions_BT: Tensor, codes: Tensor) -> Tensor:
     """The log-probability of each of the codes `(batch, height, width, depth)`, float32.
 
@@ -42,3 +60,34 @@ def code_log_probs(model: ImageCodeModel, conditions_BT: Tensor, codes: Tensor) 
 
     model.read_by_heads(conditions_BT, codes, read)
     return log_probs
+
+
+def code_distributions(
+    model: ImageCodeModel, conditions_BT: Tensor, codes: Tensor, num_top_codes: int
+) -> CodeDistributions:
+    """The distribution from which each of the codes `(batch, height, width, depth)` would be drawn, in short.
+
+    Temperature 1, no filters, no guidance. At most `LOGITS_AT_ONCE` logits exist at a time.
+    """
+    heads = head_of_each_depth(model.heads, model.config.code_depth)
+    size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    depths: list[tuple[Tensor, ...]] = []
+
+    def read(k: int, hidden_BLC: Tensor) -> None:
+        parts = []
+        for rows, targets in zip(hidden_BLC.flatten(0, 1).split(size), codes[..., k].flatten().split(size)):
+            log_probs = heads[k](rows).float().log_softmax(-1)
+            entropies = torch.special.entr(log_probs.exp()).sum(-1)
+            top = log_probs.topk(num_top_codes)
+            parts.append((log_probs.gather(-1, targets[:, None])[:, 0], entropies, top.indices, top.values))
+        depths.append(tuple(map(torch.cat, zip(*parts))))
+
+    model.read_by_heads(conditions_BT, codes, read)
+    log_probs, entropies, top_codes, top_log_probs = (torch.stack(fields, dim=1) for fields in zip(*depths))
+    shape = codes.shape
+    return CodeDistributions(
+        log_probs=log_probs.view(shape),
+        entropies=entropies.view(shape),
+        top_codes=top_codes.view(*shape, num_top_codes),
+        top_log_probs=top_log_probs.view(*shape, num_top_codes),
+    )

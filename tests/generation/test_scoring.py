@@ -1,4 +1,4 @@
-"""Proves score(): against enumeration of all grids, against forward, in pieces, for both architectures."""
+"""Proves score() and code_distributions(): against enumeration, against forward, in pieces, both architectures."""
 
 import itertools
 
@@ -95,3 +95,40 @@ def test_wrong_labels_and_codes_are_refused_by_name(argument, change, make, make
         model.score(labels, codes)
     with pytest.raises(ValueError, match="`batch_size` must be"):
         model.score(*make_inputs(model), batch_size=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("logits_at_once", [60, 10**6])
+def test_distributions_are_those_of_forward_by_their_definitions(logits_at_once, make, make_inputs, monkeypatch):
+    model = make()
+    labels, codes = make_inputs(model, batch=3)
+    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", logits_at_once)
+    output = model.code_distributions(labels, codes, num_top_codes=4)
+    assert torch.equal(output.log_probs, model.score(labels, codes).log_probs)
+    probabilities = model.double()(labels, codes).logits.view(3, 2, 3, 2, 11).softmax(-1)
+    entropies = -(probabilities * probabilities.log()).sum(-1)
+    torch.testing.assert_close(output.entropies.double(), entropies, rtol=0, atol=1e-5)
+    ranked = probabilities.argsort(-1, descending=True)[..., :4]
+    assert torch.equal(output.top_codes, ranked)
+    torch.testing.assert_close(output.top_log_probs.double(), probabilities.gather(-1, ranked).log(), rtol=0, atol=1e-5)
+    assert output.entropies.dtype == output.top_log_probs.dtype == torch.float32
+
+
+def test_distributions_of_codes_that_cannot_come_are_finite_but_those_of_broken_weights_are_not(make, make_inputs):
+    model = make()
+    labels, codes = make_inputs(model)
+    with torch.no_grad():
+        for head in model.heads:
+            head.weight.mul_(1e4)
+    assert model.code_distributions(labels, codes).entropies.isfinite().all()
+    with torch.no_grad():
+        model.heads[0].weight.fill_(torch.nan)
+    assert model.code_distributions(labels, codes).entropies[..., 0].isnan().all()
+
+
+def test_distributions_need_a_number_of_top_codes_that_the_codebook_has(make, make_inputs):
+    model = make()
+    for wrong in (0, 12, 1.5):
+        with pytest.raises(ValueError, match="`num_top_codes` must be"):
+            model.code_distributions(*make_inputs(model), num_top_codes=wrong)
+    assert model.code_distributions(None, make_inputs(model)[1], num_top_codes=11).top_codes.shape == (2, 2, 3, 2, 11)
