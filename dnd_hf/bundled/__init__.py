@@ -7,6 +7,11 @@ def _bundled() -> dict[str, str]:
     return {path.parent.name: str(path.parent) for path in Path(__file__).parent.glob("*/model_index.json")}
 
 
+def bundled_names() -> list[str]:
+    """The names of the bundled pipelines, sorted."""
+    return sorted(_bundled())
+
+
 def bundled_checkpoint(name: str) -> str:
     """The folder of a bundled pipeline, e.g. `bundled_checkpoint("words")`: pictures of 100 English words.
 
@@ -14,7 +19,7 @@ def bundled_checkpoint(name: str) -> str:
         ValueError: there is no bundled pipeline of that name; the message lists those that are.
     """
     if name not in _bundled():
-        raise ValueError(f"`name` must be one of {sorted(_bundled())}, got {name!r}.")
+        raise ValueError(f"`name` must be one of {bundled_names()}, got {name!r}.")
     return _bundled()[name]
 
 

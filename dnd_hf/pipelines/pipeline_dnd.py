@@ -1,12 +1,11 @@
 """DnDPipeline: class labels or prompts in, images out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..generation.noise import checked_generators
 from ..generation.settings import SamplingSettings
 from ..ops.number_checks import whole_number
+from .callbacks import CALLBACK_TENSORS, StepCallback, call_after_step, checked_tensor_inputs
 from .candidates import Rank, best_candidates, candidate_scores, check_candidates, checked_scores
 from .inpainting import Hole, check_inpainting, hole_in
 from .likelihood import LikelihoodMixin
@@ -42,7 +42,7 @@ class DnDPipeline(SavingMixin, LikelihoodMixin, StreamingMixin, DiffusionPipelin
 
     model_cpu_offload_seq = "transformer->vqvae"
     _optional_components = ["vqvae", "tokenizer"]
-    _callback_tensor_inputs = ["codes"]
+    _callback_tensor_inputs = list(CALLBACK_TENSORS)
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class DnDPipeline(SavingMixin, LikelihoodMixin, StreamingMixin, DiffusionPipelin
         generator: torch.Generator | int | Sequence[torch.Generator | int] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[["DnDPipeline", int, int, dict], dict | None] | None = None,
+        callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("codes",),
         guidance_schedule: str | None = None,
         guidance_power: float | None = None,
@@ -173,9 +173,8 @@ class DnDPipeline(SavingMixin, LikelihoodMixin, StreamingMixin, DiffusionPipelin
             ValueError: an argument out of its range, nothing has been computed then; or codes that a callback changed.
         """
         # 1. Check the inputs
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self.check_inputs(num_images_per_label, output_type, callback_on_step_end_tensor_inputs)
+        self.check_inputs(num_images_per_label, output_type)
+        tensor_inputs = checked_tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         rank_by = check_candidates(num_candidates, rank_by, self.transformer, self.vqvae is not None)
         check_inpainting(image, mask_image, mask_ring, feather, num_particles)
         conditions, hole = self._conditions(class_labels, prompt).to(self._execution_device), None
@@ -195,13 +194,9 @@ class DnDPipeline(SavingMixin, LikelihoodMixin, StreamingMixin, DiffusionPipelin
         with self.progress_bar(total=self.transformer.config.sequence_length) as progress:
 
             def on_step(step: int, codes: Tensor) -> bool:
-                if callback_on_step_end is not None:
-                    tensors = {name: codes.clone() for name in callback_on_step_end_tensor_inputs}
-                    returned = (callback_on_step_end(self, step, step, tensors) or {}).get("codes", codes)
-                    if returned is not codes and not torch.equal(returned, codes):
-                        raise ValueError("`callback_on_step_end` must not change the codes: they cannot be replaced.")
+                ended = call_after_step(callback_on_step_end, tensor_inputs, self, step, codes)
                 progress.update()
-                return self.interrupt
+                return ended
 
             codes = self._sample(candidates, hole, num_particles, callback=on_step, **settings)
 
@@ -240,20 +235,13 @@ class DnDPipeline(SavingMixin, LikelihoodMixin, StreamingMixin, DiffusionPipelin
             sample = hole.composited(sample)
         return self.image_processor.postprocess(sample, output_type=output_type)
 
-    def check_inputs(
-        self, num_images_per_label: int, output_type: str, callback_on_step_end_tensor_inputs: Sequence[str]
-    ) -> None:
+    def check_inputs(self, num_images_per_label: int, output_type: str) -> None:
         """Raises a ValueError for an argument of `__call__` that it does not pass on."""
         allowed = OUTPUT_TYPES if self.vqvae is not None else ("codes",)
         if output_type not in allowed:
             without = "" if self.vqvae is not None else " of a pipeline without a `vqvae`"
             raise ValueError(f"`output_type`{without} must be one of {allowed}, got {output_type!r}.")
         whole_number("num_images_per_label", num_images_per_label)
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be of {self._callback_tensor_inputs}, got {unknown}."
-            )
 
     def _conditions(self, class_labels, prompt: str | Sequence[str] | None) -> Tensor:
         """`(n,)` class labels, or `(n, prompt_length)` text tokens."""

@@ -1,11 +1,14 @@
 """An image while it is made: row by row, or depth by depth."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
+
+from .callbacks import CALLBACK_TENSORS, StepCallback, call_after_step, checked_tensor_inputs
 
 
 ORDERS = ("rows", "depth")
@@ -20,6 +23,8 @@ class StreamingMixin(DiffusionPipeline):
         by: str = "rows",
         generator: torch.Generator | int | Sequence[torch.Generator | int] | None = None,
         prompt: str | Sequence[str] | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = CALLBACK_TENSORS,
         **settings,
     ) -> Iterator[Image.Image]:
         """Makes one image and yields it while it comes; the last frame is the image that a call makes.
@@ -37,6 +42,8 @@ class StreamingMixin(DiffusionPipeline):
         Args:
             class_labels, generator, prompt: as in a call, of one image.
             by: `"rows"` or `"depth"`.
+            callback_on_step_end, callback_on_step_end_tensor_inputs: as in a call; the last frame of an interrupted
+                sampling is the image of the codes so far.
             settings: of the sampling, as in a call (`guidance_scale`, `temperature` ...).
 
         Yields:
@@ -49,21 +56,28 @@ class StreamingMixin(DiffusionPipeline):
             raise ValueError(f"`by` must be one of {ORDERS}, got {by!r}.")
         if self.vqvae is None:
             raise ValueError("`stream` needs a pipeline with a `vqvae`.")
+        tensor_inputs = checked_tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         conditions = self._conditions(class_labels, prompt).to(self._execution_device)
         if len(conditions) != 1:
             raise ValueError(f"`class_labels` must be one label: `stream` makes one image, got {len(conditions)}.")
         steps = self.transformer.generate_steps(conditions, generator=generator, **settings)
-        return self._frames(steps, by)
+        self._interrupt = False
+        return self._frames(steps, by, partial(call_after_step, callback_on_step_end, tensor_inputs, self))
 
     @torch.no_grad()
-    def _frames(self, steps: Iterator[tuple[int, Tensor]], by: str) -> Iterator[Image.Image]:
+    def _frames(
+        self, steps: Iterator[tuple[int, Tensor]], by: str, after_step: Callable[[int, Tensor], bool]
+    ) -> Iterator[Image.Image]:
         height, width = self.transformer.config.grid_size
         codes = torch.empty(0)
         offloading = getattr(self.transformer, "_hf_hook", None)
         try:
             with self.progress_bar(total=height * width) as progress:
                 for cell, codes in steps:
+                    ended = after_step(cell, codes)
                     progress.update()
+                    if ended:
+                        break
                     row, column = divmod(cell + 1, width)
                     if by == "rows" and column == 0 and row < height:
                         yield self._rows_so_far(codes[:, :row])

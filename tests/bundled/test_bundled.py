@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dnd_hf import DnDPipeline, bundled_checkpoint
+from dnd_hf.bundled import bundled_names
 from dnd_hf.data.words import WORDS
 
 
@@ -61,3 +62,9 @@ def test_words_loads_in_a_new_process_by_diffusers_with_the_installed_package():
 def test_an_unknown_bundled_checkpoint_is_refused_with_those_that_exist():
     with pytest.raises(ValueError, match=r"`name` must be one of \[.*\], got 'no such'"):
         bundled_checkpoint("no such")
+
+
+def test_every_bundled_pipeline_is_named():
+    assert bundled_names() == sorted(bundled_names()) and "words" in bundled_names()
+    for name in bundled_names():
+        assert (Path(bundled_checkpoint(name)) / "model_index.json").is_file()

@@ -87,3 +87,29 @@ def test_wrong_arguments_are_errors_before_the_first_frame(options, message, mak
 def test_without_a_tokenizer_there_is_nothing_to_show(make_pipeline):
     with pytest.raises(ValueError, match="needs a pipeline with a `vqvae`"):
         DnDPipeline(make_pipeline().transformer, None).stream(0)
+
+
+@pytest.mark.parametrize("by", ["rows", "depth"])
+def test_a_callback_sees_the_codes_after_each_position_as_in_a_call(by, pipe):
+    seen = []
+    list(pipe.stream(1, by=by, generator=3, callback_on_step_end=lambda *step: seen.append(step)))
+    assert [step[:3] for step in seen] == [(pipe, cell, cell) for cell in range(6)]
+    assert torch.equal(seen[-1][3]["codes"], pipe(1, generator=3, output_type="codes").images)
+    assert seen[0][3]["codes"][0, 0, 1:].count_nonzero() == 0  # a copy, of the codes so far
+
+
+def test_an_interrupted_stream_ends_with_the_codes_so_far(pipe):
+    def stop(pipe, step, _, tensors):
+        pipe._interrupt = step == 3
+
+    _, last = pipe.stream(1, generator=3, callback_on_step_end=stop)
+    (expected,) = pipe(1, generator=3, callback_on_step_end=stop).images
+    np.testing.assert_array_equal(pixels(last), pixels(expected))
+    assert len(list(pipe.stream(1, generator=3))) == 2  # the next one is whole again
+
+
+def test_a_callback_that_changes_codes_or_wants_other_tensors_is_refused(pipe):
+    with pytest.raises(ValueError, match="`callback_on_step_end` must not change the codes"):
+        list(pipe.stream(1, callback_on_step_end=lambda pipe, step, _, tensors: {"codes": tensors["codes"] + 1}))
+    with pytest.raises(ValueError, match="`callback_on_step_end_tensor_inputs` must be of"):
+        pipe.stream(1, callback_on_step_end_tensor_inputs=["latents"])
