@@ -46,6 +46,7 @@ class DiffusionArguments(RunArguments):
     rival: Literal["ddpm", "flow"] = HfArg(default="ddpm", help="Diffusion of pixels, or flow matching of latents.")
     vqvae: str | None = HfArg(default=None, help="Of flow: the tokenizer, a folder or a Hub id.")
     image_size: list[int] | None = HfArg(default=None, help="Of ddpm: height and width in pixels, or one for both.")
+    patch_size: int = HfArg(default=1, help="Of ddpm: squares of so many pixels each way are laid into channels.")
     block_out_channels: list[int] = HfArg(
         default_factory=lambda: [32, 64, 96, 128], help="Of ddpm: channels of each level, highest resolution first."
     )
@@ -73,14 +74,19 @@ class DiffusionArguments(RunArguments):
             raise ValueError(f"--attention_levels must be at most the {len(self.block_out_channels)} levels.")
         if any(channels % UNET_MULTIPLE for channels in self.block_out_channels):
             raise ValueError(f"--block_out_channels must be multiples of {UNET_MULTIPLE}.")
+        if self.patch_size < 1:
+            raise ValueError(f"--patch_size must be positive, got {self.patch_size}.")
         if self.max_training_flops is not None and self.max_training_flops <= 0:
             raise ValueError(f"--max_training_flops must be positive, got {self.max_training_flops}.")
 
     def make_ddpm(self, size: tuple[int, int]) -> PixelDDPM:
         """A new U-Net for images of `size` (height, width)."""
+        if any(side % (self.patch_size * 2 ** (len(self.block_out_channels) - 1)) for side in size):
+            raise ValueError(f"`image_size` {size} must be multiples of --patch_size and of what the levels halve.")
         plain = len(self.block_out_channels) - self.attention_levels
         return PixelDDPM.new(
             size,
+            self.patch_size,
             block_out_channels=tuple(self.block_out_channels),
             layers_per_block=self.layers_per_block,
             down_block_types=("DownBlock2D",) * plain + ("AttnDownBlock2D",) * self.attention_levels,
