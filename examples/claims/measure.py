@@ -1,0 +1,144 @@
+"""Measures a small model of pages, its tokenizer, or images that another program made; writes results.json.
+
+python examples/claims/measure.py --model dnd --codes_dir codes-held-out --training_text text/train_books.jsonl \
+    --output_dir dnd-measured
+python examples/claims/measure.py --vqvae rqvae --dataset_name images-held-out --training_text text/train_books.jsonl \
+    --output_dir rqvae-measured
+python examples/claims/measure.py --samples images --training_text text/train_books.jsonl --output_dir images-measured
+
+The pages are read by their glyphs, and `texts.jsonl` has what was read. The metrics are those of `evaluate.py --task
+prose` and, of a model, the nats that held-out pages cost at each depth.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Subset
+from transformers.hf_argparser import HfArg
+
+from dnd_hf import RQVAE, DnDPipeline
+from dnd_hf.arguments import run_script
+from dnd_hf.data.codes import CodesDataset, collate_codes
+from dnd_hf.data.images import ImageTransform, collate_images, to_images
+from dnd_hf.data.sources import load_image_dataset
+from dnd_hf.data.text import load_texts
+from dnd_hf.evaluation.glyphs import GlyphReader
+from dnd_hf.evaluation.images import SampleImages
+from dnd_hf.evaluation.image_quality import psnr, to_levels
+from dnd_hf.evaluation.prose import read_pages
+from dnd_hf.evaluation.reference_text import ReferenceText, compare_with_reference
+from dnd_hf.evaluation.reports import write_json_lines
+from dnd_hf.evaluation.sampling import sample_images
+from dnd_hf.files import write_json
+
+
+@dataclass
+class MeasureArguments:
+    """Options of this script."""
+
+    model: str | None = HfArg(default=None, help="Folder of a pipeline.")
+    vqvae: str | None = HfArg(default=None, help="Folder of a tokenizer.")
+    samples: str | None = HfArg(default=None, help="Folder of images that another program made.")
+    codes_dir: str | None = HfArg(default=None, help="Held-out codes, for the model.")
+    dataset_name: str | None = HfArg(default=None, help="Held-out images, for the tokenizer.")
+    training_text: str | None = HfArg(default=None, help="What the model was trained on: .jsonl, column `text`.")
+    temperatures: list[str] = HfArg(
+        default_factory=lambda: ["1.0"], help="Of the samples; `0.3,1.0`: one for each depth."
+    )
+    num_images: int = HfArg(default=256, help="Images sampled at each temperature, reconstructed, or read.")
+    batch_size: int = HfArg(default=64, help="Images at once.")
+    output_dir: str | None = HfArg(default=None, help="Folder of the results.")
+
+    def __post_init__(self):
+        if sum(name is not None for name in (self.model, self.vqvae, self.samples)) != 1:
+            raise ValueError("one of `model`, `vqvae` and `samples` is needed.")
+        needed = (
+            ["output_dir", "training_text"] + ["codes_dir"] * bool(self.model) + ["dataset_name"] * bool(self.vqvae)
+        )
+        for name in needed:
+            if getattr(self, name) is None:
+                raise ValueError(f"`{name}` is needed.")
+        for name in ("num_images", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        self.sampling = {text: [float(value) for value in text.split(",")] for text in self.temperatures}
+
+
+class Reader:
+    """Reads pages by their glyphs and compares what they say with the training text; keeps the texts."""
+
+    def __init__(self, training_text: str):
+        texts = [text for _, text in load_texts(training_text)]
+        self.reference = ReferenceText(texts)
+        self.glyphs = GlyphReader("".join(sorted(set("".join(texts)) - {" "})))
+        self.texts: list[dict] = []
+
+    def measure(self, images: Any, name: str) -> dict[str, float]:
+        """The metrics of `compare_with_reference`, each as `METRIC@NAME`."""
+        texts, failures = read_pages(images, self.glyphs)
+        if failures:
+            raise ValueError(f"{name}: image {failures[0].index} cannot be read: {failures[0].reason}")
+        self.texts += [{"images": name, "index": index, "text": text} for index, text in texts.items()]
+        metrics = compare_with_reference(list(texts.values()), self.reference)
+        return {f"{metric}@{name}": value for metric, value in metrics.items()}
+
+
+@torch.inference_mode()
+def measure_tokenizer(vae: RQVAE, dataset_name: str, num_images: int, reader: Reader) -> dict[str, float]:
+    """What is left of held-out images after the tokenizer: PSNR in dB, letters, words."""
+    size = tuple(vae.config.sample_size)
+    dataset = load_image_dataset(dataset_name, ImageTransform(size), num_images=num_images, label_column=None)
+    images = collate_images([dataset[i] for i in range(len(dataset))])["pixel_values"]
+    decoded = [vae.decode_codes(vae.encode(part).codes).sample.clamp(-1, 1) for part in images.split(16)]
+    reconstructions = torch.cat(decoded)
+    letters, read = (reader.glyphs.nearest(to_images(pixels))[0] for pixels in (images, reconstructions))
+    pages = [{"pixel_values": pixels, "label": 0} for pixels in reconstructions]
+    return {
+        "psnr": psnr(to_levels(reconstructions), to_levels(images)).mean().item(),
+        "wrong_letters": float((letters != read).mean()),
+        **reader.measure(dataset, "real"),
+        **reader.measure(pages, "reconstructions"),
+    }
+
+
+@torch.inference_mode()
+def measure_model(pipeline: DnDPipeline, args: MeasureArguments, reader: Reader) -> dict[str, float]:
+    """Held-out nats of an image and of each depth's codes in it, the samples' words, and images sampled a second."""
+    model, held_out = pipeline.transformer, CodesDataset(args.codes_dir)
+    codes = collate_codes(list(Subset(held_out, range(len(held_out)))))["codes"]
+    nats = -model.score(torch.zeros(len(codes), dtype=torch.int64), codes, args.batch_size).log_probs
+    by_depth = nats.sum((1, 2)).mean(0).tolist()
+    results = {"parameters": model.num_parameters(only_trainable=True), "nats": sum(by_depth)}
+    results |= {f"nats_depth_{k}": value for k, value in enumerate(by_depth, start=1)}
+    for name, temperature in args.sampling.items():
+        folder, sampling = Path(args.output_dir, "samples", name), {"temperature": temperature}
+        start, new = time.process_time(), args.num_images - len(list(folder.glob("*.png")))
+        sample_images(pipeline, folder, args.num_images, 0, args.batch_size, sampling)
+        if new > 0:
+            results[f"images_per_cpu_second@{name}"] = new / (time.process_time() - start)
+        results |= reader.measure(SampleImages(folder, args.num_images), name)
+    return results
+
+
+def main(args: MeasureArguments) -> None:
+    reader = Reader(args.training_text)
+    if args.model:
+        pipeline = DnDPipeline.from_pretrained(args.model)
+        pipeline.set_progress_bar_config(disable=True)
+        results = measure_model(pipeline, args, reader)
+    elif args.vqvae:
+        results = measure_tokenizer(
+            RQVAE.from_pretrained(args.vqvae).eval(), args.dataset_name, args.num_images, reader
+        )
+    else:
+        results = reader.measure(SampleImages(args.samples, args.num_images), "samples")
+    write_json_lines(Path(args.output_dir, "texts.jsonl"), reader.texts)
+    write_json(Path(args.output_dir, "results.json"), results)
+    print(f"{args.output_dir}/results.json: {len(results)} metrics")
+
+
+if __name__ == "__main__":
+    run_script(main, MeasureArguments)

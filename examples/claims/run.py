@@ -1,0 +1,115 @@
+"""Runs what a claim of the paper needs, where it is not done yet, and shows what came out.
+
+python examples/claims/run.py --claim C2 --state_dir runs/claims --vqvae rqvae
+python examples/claims/run.py --claim C2 --state_dir runs/claims --only C2/dnd-2 --seeds 1
+python examples/claims/run.py --claim C2 --state_dir runs/claims --tables
+
+CLAIM.yaml beside this file has the commands: a script of examples/ and its options. Each is run in the state folder, with
+the name before it as `--output_dir`; files of examples/, such as `--config claims/pages_transformer.yaml`, are found.
+Whatever was interrupted resumes when the same command is given again. `finished.jsonl` in the state folder says what is
+done and how long it took. `--quick` runs everything at a size where it means nothing, to see that it runs.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+
+HERE = Path(__file__).resolve().parent
+EXAMPLES = HERE.parent
+
+
+def read_plan(claim: str) -> dict:
+    """The YAML file of a claim."""
+    return yaml.safe_load((HERE / f"{claim}.yaml").read_text(encoding="utf-8"))
+
+
+def steps_of(claim: str, seeds: list[int], quick: bool = False) -> dict[str, str]:
+    """Name -> command of each step of a claim in order: what it needs first, then seed by seed.
+
+    `{variant}`, the settings of a variant and `{seed}` are filled in; other fields in braces stay.
+    """
+    plan = read_plan(claim)
+    steps = {name: step for needed in plan.get("needs", []) for name, step in steps_of(needed, seeds, quick).items()}
+    extra = plan.get("quick", {}) if quick else {}
+
+    def add(name: str, command: str, **values) -> None:
+        command = f"{command} {extra.get(name, '')}".strip()
+        for _ in range(2):  # the settings of a variant may hold fields too
+            name, command = (fill(text, values) for text in (name, command))
+        steps[name] = command
+
+    for name, command in plan.get("steps", {}).items():
+        add(name, command)
+    for seed in seeds:
+        for variant, settings in plan.get("variants", {}).items():
+            for name, command in plan["steps_of_each_seed"].items():
+                add(name, command, variant=variant, seed=seed, **settings)
+    return steps
+
+
+def fill(text: str, values: dict) -> str:
+    for name, value in values.items():
+        text = text.replace(f"{{{name}}}", str(value))
+    return text
+
+
+def finished(state_dir: Path) -> dict[str, dict]:
+    """What finished.jsonl says of each step: its `command` and the `seconds` that it took."""
+    file = state_dir / "finished.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return {line["step"]: line for line in map(json.loads, lines)}
+
+
+def run_step(name: str, command: str, state_dir: Path) -> None:
+    """Runs a command to its end and notes it; leaves the program where it fails."""
+    script, *options = shlex.split(command)
+    print(f"{name}: {command}", flush=True)
+    start, resumed = time.time(), (state_dir / name).exists()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])}
+    options = [str(EXAMPLES / option) if (EXAMPLES / option).is_file() else option for option in options]
+    line = [sys.executable, str(EXAMPLES / script), *options, "--output_dir", name]
+    code = subprocess.run(line, cwd=state_dir, env=environment).returncode
+    if code:
+        raise SystemExit(f"{name} ended with code {code}; the same command resumes it.")
+    note = {"step": name, "command": command, "seconds": round(time.time() - start), "resumed": resumed}
+    with (state_dir / "finished.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(note) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    claims = sorted(path.stem for path in HERE.glob("C*.yaml"))
+    parser.add_argument("--claim", required=True, choices=claims, help="Which of the paper's claims.")
+    parser.add_argument("--state_dir", type=Path, default=Path("runs/claims"), help="Folder of all that is made.")
+    parser.add_argument("--vqvae", default="verses", help="Tokenizer that pages are encoded with: a folder.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="One run of each variant for each.")
+    parser.add_argument("--only", help="Only the steps whose name begins so, and what the claim needs.")
+    parser.add_argument("--quick", action="store_true", help="A few steps on a few images: does it run?")
+    parser.add_argument("--tables", action="store_true", help="Run nothing; show what is there.")
+    args = parser.parse_args()
+    args.state_dir.mkdir(parents=True, exist_ok=True)
+    vqvae = Path(args.vqvae).resolve() if Path(args.vqvae).exists() else args.vqvae
+    if not args.tables:
+        done = finished(args.state_dir)
+        for name, command in steps_of(args.claim, args.seeds, args.quick).items():
+            command = command.replace("{vqvae}", str(vqvae))
+            if name in done:
+                if done[name]["command"] != command:
+                    raise SystemExit(f"{name} was made by another command: {done[name]['command']}")
+            elif not args.only or not name.startswith(args.claim) or name.startswith(args.only):
+                run_step(name, command, args.state_dir)
+    from tables import show
+
+    show(args.claim, read_plan(args.claim), args.state_dir)
+
+
+if __name__ == "__main__":
+    main()

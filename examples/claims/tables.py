@@ -1,0 +1,118 @@
+"""The tables and plots of a claim, from the results.json of its runs; read by run.py.
+
+A claim's YAML file says under `table` which metrics are shown, and under `plot` what is drawn.
+"""
+
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+from dnd_hf.figures import import_figure, markdown_table
+
+
+def results_of(state_dir: Path, variants: list[str]) -> dict[str, list[dict]]:
+    """The results of each variant that has any: one dict a seed."""
+    files = {variant: sorted(state_dir.glob(f"{variant}/*-measured/results.json")) for variant in variants}
+    return {variant: [json.loads(file.read_text()) for file in found] for variant, found in files.items() if found}
+
+
+def mean_and_spread(values: list[float], digits: int = 3) -> str:
+    """`mean ± standard deviation`, of one value the value."""
+    mean = f"{statistics.mean(values):.{digits}g}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2g}"
+
+
+def table(results: dict[str, list[dict]], columns: dict[str, str]) -> str:
+    """A row for each variant; `columns`: metric -> heading. A metric that no seed has is left empty."""
+    rows = []
+    for variant, seeds in results.items():
+        row: dict = {"": variant.rpartition("/")[2], "seeds": len(seeds)}
+        for metric, heading in columns.items():
+            values = [one[metric] for one in seeds if one.get(metric) is not None]
+            row[heading] = mean_and_spread(values) if values else None
+        rows.append(row)
+    return markdown_table(rows)
+
+
+def show(claim: str, plan: dict, state_dir: Path) -> None:
+    """Prints the table of a claim, writes it to CLAIM.md in the state folder, and its plot to CLAIM.png."""
+    parts = []
+    for file in sorted(state_dir.glob(f"{claim}/tokenizer-*/results.json")):
+        rows = [{"": file.parent.name, **json.loads(file.read_text())}]
+        parts.append(markdown_table(rows, ["", "psnr", "wrong_letters", "vocabulary_rate@reconstructions"], digits=3))
+    results = results_of(state_dir, list(plan.get("variants", {})))
+    if results:
+        parts.append(table(results, plan["table"]))
+        if "plot" in plan:
+            plot(results, plan["plot"], state_dir / f"{claim}.png")
+    text = "\n\n".join(parts) or f"{claim}: nothing is measured yet."
+    (state_dir / f"{claim}.md").write_text(text + "\n")
+    print(text)
+
+
+def plot(results: dict[str, list[dict]], panels: list[str], path: Path) -> None:
+    """A panel for each metric of the plan: a bar for each variant, a dot for each seed.
+
+    A metric `nats_depth` is the stack of all `nats_depth_k`; `METRIC@` is a line over all temperatures.
+    """
+    figure = import_figure()(figsize=(5.5 * len(panels), 3.8), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
+        if metric.endswith("@"):
+            _lines(axes, results, metric)
+        elif metric == "nats_depth":
+            _stack(axes, results)
+        else:
+            _bars(axes, results, metric)
+        axes.set_title(metric.rstrip("@").replace("_", " "), fontsize=10)
+        axes.grid(alpha=0.3, axis="y")
+    figure.savefig(path, dpi=110)
+
+
+def _names(axes, results: dict[str, list[dict]]) -> list[int]:
+    places = list(range(len(results)))
+    axes.set_xticks(places, [name.rpartition("/")[2] for name in results], rotation=30, ha="right")
+    return places
+
+
+def _bars(axes, results: dict[str, list[dict]], metric: str) -> None:
+    for place, seeds in zip(_names(axes, results), results.values(), strict=True):
+        values = [one[metric] for one in seeds if one.get(metric) is not None]
+        if values:
+            axes.bar(place, statistics.mean(values), color="#8fb3d9")
+            axes.plot([place] * len(values), values, "k.", markersize=5)
+
+
+def _stack(axes, results: dict[str, list[dict]]) -> None:
+    bottoms = [0.0] * len(results)
+    places, depth = _names(axes, results), 1
+    while any(f"nats_depth_{depth}" in seeds[0] for seeds in results.values()):
+        means = [statistics.mean(one.get(f"nats_depth_{depth}", 0.0) for one in seeds) for seeds in results.values()]
+        axes.bar(places, means, bottom=bottoms, label=f"depth {depth}")
+        bottoms = [low + mean for low, mean in zip(bottoms, means, strict=True)]
+        depth += 1
+    axes.legend(fontsize=8)
+    axes.set_ylabel("held-out nats an image")
+
+
+def _lines(axes, results: dict[str, list[dict]], metric: str) -> None:
+    for variant, seeds in results.items():
+        points = defaultdict(list)
+        for one in seeds:
+            for name, value in one.items():
+                if name.startswith(metric) and _is_number(name[len(metric) :]):
+                    points[float(name[len(metric) :])].append(value)
+        if points:
+            places = sorted(points)
+            means = [statistics.mean(points[place]) for place in places]
+            axes.plot(places, means, marker="o", label=variant.rpartition("/")[2])
+    axes.set_xlabel("temperature")
+    axes.legend(fontsize=8)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
