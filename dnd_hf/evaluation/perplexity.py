@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import is_gguf_available
 
 
 class TextScore(NamedTuple):
@@ -25,21 +26,32 @@ class LanguageModel:
 
     Args:
         model: folder or Hub id.
+        gguf_file: name of a GGUF file in it, whose weights and tokenizer are taken; needs the package `gguf`.
         device: where it runs; its weights keep their dtype, the likelihoods are float32.
         max_length: tokens read at once, at least 2; the model's own limit, and no more than this.
 
     Call with one text; returns its [`TextScore`], with 0 tokens for a text too short to score.
 
     Raises:
+        ImportError: `gguf_file` without the package `gguf`.
         ValueError: transformers cannot load such a model; `max_length` below 2.
     """
 
-    def __init__(self, model: str, device: str | torch.device = "cpu", max_length: int = 2048):
+    def __init__(
+        self,
+        model: str,
+        device: str | torch.device = "cpu",
+        max_length: int = 2048,
+        gguf_file: str | None = None,
+    ):
         if max_length < 2:
             raise ValueError(f"max_length is {max_length}; it must be at least 2")
+        if gguf_file is not None and not is_gguf_available():
+            raise ImportError("a GGUF file needs the package gguf: pip install gguf")
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(model)
-            self.model = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device).eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(model, gguf_file=gguf_file)
+            self.model = AutoModelForCausalLM.from_pretrained(model, gguf_file=gguf_file, dtype="auto")
+            self.model.to(device).eval()
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{model!r} is no causal language model that transformers can load: {error}") from error
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)

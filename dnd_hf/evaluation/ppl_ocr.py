@@ -18,6 +18,7 @@ class PplOCROptions(SamplesOptions, OCROptions):
     """Options of the task."""
 
     language_model: str = option(None, "Causal language model that ppl_ocr scores texts with.")
+    gguf_file: str | None = option(None, "Name of a GGUF file in its folder or repository, to take instead.")
 
 
 def check(options: PplOCROptions) -> None:
@@ -41,7 +42,7 @@ def run(options: PplOCROptions) -> Report:
     texts: list[dict] = []
     if options.state.is_main_process:
         engine = options.load_engine("rapidocr-line" if options.dataset_name == "words" else "rapidocr")
-        language_model = LanguageModel(options.language_model, options.run_device)
+        language_model = LanguageModel(options.language_model, options.run_device, gguf_file=options.gguf_file)
         real = options.load_dataset(options.size_beside(pipelines, samples))
 
     def measure(name: str, dataset: ImageItems) -> None:

@@ -1,4 +1,4 @@
-"""Keeps the first codes of each position: a codes folder and its tokenizer of a lower depth, from those of a higher one.
+"""Keeps the first codes of each position: makes a codes folder and its tokenizer of a lower depth from given ones.
 
 python examples/claims/lower_depth.py --codes_dir codes-4 --code_depth 2 --output_dir codes-2
 
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from dnd_hf import RQVAE
 from dnd_hf.data.codes import CodesDataset, CodesWriter, codes_features, collate_codes
+from dnd_hf.files import read_json
 
 
 def shortened(vqvae: RQVAE, depth: int) -> RQVAE:
@@ -37,7 +38,7 @@ def main() -> None:
     if not 1 <= args.code_depth <= codes.shape[-1]:
         parser.error(f"--code_depth must lie in [1, {codes.shape[-1]}], got {args.code_depth}.")
     vae = shortened(RQVAE.from_pretrained(args.codes_dir, subfolder="vqvae"), args.code_depth)
-    settings = {"codes": codes.rows._fingerprint, "code_depth": args.code_depth}
+    settings = read_json(args.codes_dir / "extraction.json") | {"code_depth": args.code_depth}
     writer = CodesWriter(
         args.output_dir, codes_features((*codes.shape[:2], args.code_depth), codes.class_names), settings
     )

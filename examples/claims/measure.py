@@ -26,8 +26,8 @@ from dnd_hf.data.images import ImageTransform, collate_images, to_images
 from dnd_hf.data.sources import load_image_dataset
 from dnd_hf.data.text import load_texts
 from dnd_hf.evaluation.glyphs import GlyphReader
-from dnd_hf.evaluation.images import SampleImages
-from dnd_hf.evaluation.image_quality import psnr, to_levels
+from dnd_hf.evaluation.image_quality import psnr
+from dnd_hf.evaluation.images import SampleImages, to_levels
 from dnd_hf.evaluation.prose import read_pages
 from dnd_hf.evaluation.reference_text import ReferenceText, compare_with_reference
 from dnd_hf.evaluation.reports import write_json_lines
@@ -64,7 +64,8 @@ class MeasureArguments:
         for name in ("num_images", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
-        self.sampling = {text: [float(value) for value in text.split(",")] for text in self.temperatures}
+        by_depth = {text: [float(value) for value in text.split(",")] for text in self.temperatures}
+        self.sampling = {text: values if len(values) > 1 else values[0] for text, values in by_depth.items()}
 
 
 class Reader:

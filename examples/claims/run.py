@@ -4,8 +4,8 @@ python examples/claims/run.py --claim C2 --state_dir runs/claims --vqvae rqvae
 python examples/claims/run.py --claim C2 --state_dir runs/claims --only C2/dnd-2 --seeds 1
 python examples/claims/run.py --claim C2 --state_dir runs/claims --tables
 
-CLAIM.yaml beside this file has the commands: a script of examples/ and its options. Each is run in the state folder, with
-the name before it as `--output_dir`; files of examples/, such as `--config claims/pages_transformer.yaml`, are found.
+CLAIM.yaml beside this file has the commands: a script of examples/ and its options. Each is run in the state folder,
+with the name before it as `--output_dir`; files of examples/ (`--config claims/pages_transformer.yaml`) are found.
 Whatever was interrupted resumes when the same command is given again. `finished.jsonl` in the state folder says what is
 done and how long it took. `--quick` runs everything at a size where it means nothing, to see that it runs.
 """

@@ -2,13 +2,17 @@
 
 import json
 import runpy
+import shlex
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from dnd_hf import DnDForImageGeneration
+from dnd_hf import DnDForImageGeneration, bundled_checkpoint
 from dnd_hf.arguments import parse_arguments
 from dnd_hf.data.text import TextImages
 
@@ -90,3 +94,51 @@ def test_verses_has_pages_of_16_letters_by_8_lines_and_fits_into_a_bundle():
     assert isinstance(model, DnDForImageGeneration) and tuple(vae.grid_size) == (16, 16) and vae.config.code_depth == 2
     assert not model.config.has_null_class
     assert 2 * sum(p.numel() for part in (vae, model) for p in part.state_dict().values()) < BUNDLE_LIMIT
+
+
+def run_claim(monkeypatch, *options: str) -> None:
+    """Runs run.py with each of its commands in this process, where the libraries are loaded already."""
+
+    run = subprocess.run
+
+    def run_here(line: list[str], cwd: Path | None = None, **options) -> Any:
+        if cwd is None:  # another program
+            return run(line, **options)
+        with monkeypatch.context() as patch:
+            patch.chdir(cwd)
+            patch.setattr(sys, "argv", line[1:])
+            runpy.run_path(line[1], run_name="__main__")
+        return SimpleNamespace(returncode=0)
+
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(CLAIMS)
+        patch.setattr(subprocess, "run", run_here)
+        patch.setattr(sys, "argv", ["run.py", *options])
+        runpy.run_path(str(CLAIMS / "run.py"), run_name="__main__")
+
+
+def test_a_claim_runs_from_the_text_to_its_table_and_never_twice(books, tmp_path, monkeypatch, capsys):
+    vqvae = str(Path(bundled_checkpoint("words"), "vqvae"))
+    options = ["--claim", "C2", "--state_dir", str(tmp_path), "--vqvae", vqvae, "--quick", "--seeds", "0"]
+    run_claim(monkeypatch, *options, "--only", "C2/vertical-2")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "finished.jsonl").read_text().splitlines()]
+    assert steps[0] == "text" and steps[-2:] == ["C2/vertical-2/0", "C2/vertical-2/0-measured"]
+    results = json.loads((tmp_path / "C2/vertical-2/0-measured/results.json").read_text())
+    assert results["nats"] == pytest.approx(results["nats_depth_1"] + results["nats_depth_2"])
+    assert len(list((tmp_path / "C2/vertical-2/0-measured/samples/0.7").glob("*.png"))) == 4
+    assert "| vertical-2 | 1 |" in capsys.readouterr().out and (tmp_path / "C2.png").exists()
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("a finished step runs again"))
+    run_claim(monkeypatch, *options, "--only", "C2/vertical-2")
+
+
+@pytest.mark.parametrize("claim", sorted(path.stem for path in CLAIMS.glob("C*.yaml")))
+def test_every_command_of_a_claim_has_options_that_its_script_takes(claim, monkeypatch):
+    monkeypatch.syspath_prepend(CLAIMS)
+    steps = runpy.run_path(str(CLAIMS / "run.py"))["steps_of"](claim, [0, 1])
+    assert any(name.endswith("/1") for name in steps)
+    for name, command in steps.items():
+        script, *options = shlex.split(command)
+        options = [str(EXAMPLES / option) if (EXAMPLES / option).is_file() else option for option in options]
+        assert "{" not in command.replace("{vqvae}", "")
+        if script == "train.py":
+            parse_arguments(runpy.run_path(str(EXAMPLES / script))["DnDArguments"], [*options, "--output_dir", name])
