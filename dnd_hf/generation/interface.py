@@ -70,6 +70,8 @@ class ImageCodeModel(Protocol):
     heads: nn.ModuleList
     """The linear layers that make logits, one for all depths or one for each."""
 
+    training: bool
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """As in `nn.Module`."""
 

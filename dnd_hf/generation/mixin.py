@@ -19,6 +19,7 @@ from .inpainting import InpaintingMixin
 from .loop import SamplingLoop
 from .noise import checked_generators, uniform_noise
 from .packed_decoder import can_run_packed, packed_runner
+from .packing import PackingMixin
 from .scoring import CodeDistributions, CodeScores, code_distributions, code_log_probs
 from .settings import SamplingSettings
 from .windows import (
@@ -30,7 +31,7 @@ from .windows import (
 )
 
 
-class ImageGenerationMixin(InpaintingMixin):
+class ImageGenerationMixin(InpaintingMixin, PackingMixin):
     """Adds `generate`, which replaces that of transformers (several codes a step), `inpaint`, `score` and
     `code_distributions`.
 
