@@ -1,0 +1,1 @@
+"""The parts of the demo page; `python examples/app.py` starts it."""
