@@ -40,6 +40,7 @@ class GraphedLoop(SamplingLoop):
             runner = static_runner(model, 2 * batch if settings.guided else batch, device)
             super().__init__(model, runner, batch, settings, device)
             self.kept = torch.zeros_like(self.codes_BLD, dtype=torch.bool)
+            self.cell = torch.zeros(1, dtype=torch.int64, device=device)
         self.decoder, self.free = cast(StaticDecoder, runner.decoders[0]), free
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
@@ -50,19 +51,21 @@ class GraphedLoop(SamplingLoop):
             self.kept.copy_(kept_BLD)
         self.kept_BLD = self.kept
 
-    def run(self, cells_T: Tensor, first: int, count: int) -> None:
+    def run(self, first: int, cell: int, end: int) -> None:
         if first == 0:
             self.decoder.memory.zero_()  # what is masked must be finite; an earlier call may have left NaN
-        self.decoder.position.fill_(self.position(first))
-        run = partial(super().run, cells_T, first, count)
-        read = self.decoder.read_at(self.position(first))
-        if first == 0 or cells_T is not self.cell:
-            run()
+        position = self.position(first)
+        self.decoder.position.fill_(position)
+        self.cell.fill_(cell)
+        read = self.decoder.read_at(position)
+        step = partial(self.sample, self.cell, self.cell, first)
+        if first == 0 or end - first > 1:
+            super().run(first, cell, end)
         elif read in self.graphs:
             self.graphs[read].replay()
         else:
-            run()
-            self.graphs[read] = capture(run, self.graphs.values())
+            step()
+            self.graphs[read] = capture(step, self.graphs.values())
 
     def release(self) -> None:
         if self.cell.is_cuda:  # the next call may use another stream

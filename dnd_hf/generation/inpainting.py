@@ -51,12 +51,14 @@ class ParticleLoop(SamplingLoop):
             given,
             uniform_BE,
         )
-        self.log_weights_BN = torch.zeros(len(uniform_BE), num_particles, dtype=torch.float64, device=self.cell.device)
+        self.log_weights_BN = torch.zeros(
+            len(uniform_BE), num_particles, dtype=torch.float64, device=self.codes_BLD.device
+        )
         self.weighed = False
 
-    def read_logits(self, k: int, cells: Tensor, logits_XV: Tensor) -> None:
+    def read_logits(self, k: int, logits_XV: Tensor) -> None:
         """Adds the log-probability of the given codes to the weights."""
-        kept_RT = cast(Tensor, self.kept_BLD)[:, cells, k]
+        cells, kept_RT = self.cells, cast(Tensor, self.kept_BLD)[:, self.cells, k]
         log_probs_XV = (logits_XV / self.temperature[k]).log_softmax(-1)
         log_probs_RT = log_probs_XV.gather(-1, self.codes_BLD[:, cells, k].reshape(-1, 1)).view(kept_RT.shape)
         added_R = log_probs_RT.double().masked_fill(~kept_RT, 0).sum(1)

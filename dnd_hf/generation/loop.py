@@ -1,5 +1,7 @@
 """The sampling loop: from one grid cell to the next."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,8 +18,8 @@ from .settings import SamplingSettings
 class SamplingLoop:
     """The sampling of a batch of images: what a call keeps between passes, and a pass through the model.
 
-    The token before the grid predicts cell 0, and the token of a cell the one after it. The cells of a pass are read
-    on the device, so no pass waits for it.
+    The token before the grid predicts cell 0, and the token of a cell the one after it. The cells of a pass are a slice
+    of the grid; where a pass is replayed, one cell that is read on the device.
 
     Args:
         batch: images; with guidance each has a second sequence, of the null condition.
@@ -43,11 +45,11 @@ class SamplingLoop:
         """Which codes are given and stay; None: none."""
         self.finite_BLD = torch.ones(self.codes_BLD.shape, dtype=torch.bool, device=device)
         """Whether all logits of a code were finite. Codes that are drawn from others mean nothing."""
-        self.cell = torch.zeros(1, dtype=torch.int64, device=device)
-        self.cells_T = self.cell
-        """The cells that the tokens of a pass predict."""
-        self.count = 1
-        """How many of them, the last ones, are sampled."""
+        self.grid_L = torch.arange(config.sequence_length, device=device)
+        self.cells: slice | Tensor = slice(0, 0)
+        """The cells that a pass samples, the last of those that its tokens predict."""
+        self.cell_scales: Tensor | None = None
+        """`(images x cells, 1)`: the guidance scale of each of them; None: no guidance."""
         self.unread = 0
         """The first cell before which the token has not been read, or with codes that were not final."""
         self.guessed = False
@@ -85,37 +87,37 @@ class SamplingLoop:
 
     def step(self, cell: int, count: int = 1) -> None:
         """Samples the codes of `count` cells in one pass. Cells come in order; those left out have given codes."""
-        first, end = self.unread, cell + count
-        one = end - first == 1
-        cells_T = self.cell.fill_(cell) if one else torch.arange(first, end, device=self.cell.device)
+        first, self.unread = self.unread, cell + count
         with self.runner.context():
-            self.run(cells_T, first, count)
-        self.unread = end
+            self.run(first, cell, cell + count)
 
-    def run(self, cells_T: Tensor, first: int, count: int) -> None:
-        """A pass of the tokens that predict consecutive cells; the codes of the last `count` of them are sampled.
+    def run(self, first: int, cell: int, end: int) -> None:
+        """A pass of the tokens that predict the cells from `first` up to `end`, of which those from `cell` on are
+        sampled."""
+        self.sample(slice(first, end), slice(cell, end), first)
 
-        Args:
-            cells_T: int64, on the device.
-            first: the first of them. Where steps are replayed it is that of the captured one.
-        """
-        self.cells_T, self.count = cells_T, count
-        tokens_RTC = self.tokens_before(cells_T) if first else self.first_tokens(cells_T)
-        self.model.decode(tokens_RTC, self.choose, self.runner.decoders, self.position(first), count)
+    def sample(self, predicted: slice | Tensor, cells: slice | Tensor, first: int) -> None:
+        """The same. Where the one cell is read on the device, only what part of the cache is read follows `first`."""
+        scales_T = self.scales_L[cells]
+        self.cells, self.cell_scales = cells, scales_T.repeat(len(self.codes_BLD))[:, None] if self.guided else None
+        tokens_RTC = self.tokens_before(predicted) if first else self.first_tokens(cast(slice, predicted))
+        self.model.decode(tokens_RTC, self.choose, self.runner.decoders, self.position(first), len(scales_T))
 
     def position(self, cell: int) -> int:
         """The position of the token with which a pass begins that predicts a cell and those after it."""
         return cell + self.conditions_RT.shape[1] - 1 if cell else 0
 
-    def first_tokens(self, cells_T: Tensor) -> Tensor:
+    def first_tokens(self, cells: slice) -> Tensor:
         """The tokens of the condition, and those that predict the cells after cell 0."""
         tokens_RTC = self.model.condition_tokens(self.conditions_RT)
-        return torch.cat([tokens_RTC, self.tokens_before(cells_T[1:])], dim=1) if len(cells_T) > 1 else tokens_RTC
+        if cells.stop == 1:
+            return tokens_RTC
+        return torch.cat([tokens_RTC, self.tokens_before(slice(1, cells.stop))], dim=1)
 
-    def tokens_before(self, cells_T: Tensor) -> Tensor:
+    def tokens_before(self, cells: slice | Tensor) -> Tensor:
         """The tokens of the cells before these."""
-        before_T = cells_T - 1
-        tokens_BTC = self.model.cell_tokens(self.codes_BLD[:, before_T], before_T)
+        before = slice(cells.start - 1, cells.stop - 1) if isinstance(cells, slice) else cells - 1
+        tokens_BTC = self.model.cell_tokens(self.codes_BLD[:, before], self.grid_L[before])
         return tokens_BTC.repeat(2, 1, 1) if self.guided else tokens_BTC
 
     def step_window(self, cell: int, count: int) -> int:
@@ -129,8 +131,8 @@ class SamplingLoop:
         window_BND = self.codes_BLD[: self.images, cell : cell + count]
         guesses_BND = window_BND.clone()
         self.step(cell, count)
-        right_N = (window_BND == guesses_BND).all(2).all(0)
-        final = 1 + int(right_N[:-1].long().cumprod(0).sum())
+        wrong_N = (window_BND != guesses_BND).any(2).any(0).tolist()
+        final = next((n for n, wrong in enumerate(wrong_N, 1) if wrong), count)
         self.unread, self.guessed = cell + final, True
         return final
 
@@ -138,7 +140,7 @@ class SamplingLoop:
         """`(images, height, width, depth)`: the codes of cells up to this one; behind it the given ones, or zeros."""
         codes_BLD = self.codes_BLD[: self.images]
         if self.guessed:
-            free_BLD = (torch.arange(codes_BLD.shape[1], device=codes_BLD.device) > cell)[:, None]
+            free_BLD = (self.grid_L > cell)[:, None]
             if self.kept_BLD is not None:
                 free_BLD = free_BLD & ~self.kept_BLD[: self.images]
             codes_BLD = codes_BLD.masked_fill(free_BLD, 0)
@@ -155,32 +157,34 @@ class SamplingLoop:
     def release(self) -> None:
         """Ends the call, however it went."""
 
-    def read_logits(self, k: int, cells: Tensor, logits_XV: Tensor) -> None:
-        """Called with the logits of depth k of cells, images x cells, before codes are chosen."""
+    def read_logits(self, k: int, logits_XV: Tensor) -> None:
+        """Called with the logits of depth k of `cells`, images x cells, before codes are chosen."""
 
     def choose(self, k: int, hidden_RTC: Tensor) -> Tensor:
         """The codes `(rows, T)` of depth k of the last T cells of the pass, from what head k reads.
 
-        Those of the last `count` cells are sampled here; both sequences of an image get the same.
+        Those of `cells`, the last ones, are sampled here; both sequences of an image get the same.
         """
-        cells, tokens = self.cells_T[-self.count :], hidden_RTC.shape[1]
-        logits_XV = self.runner.heads[k](hidden_RTC[:, -self.count :]).flatten(0, 1).float()  # X: images x cells
-        if self.guided:
-            logits_XV = guide(logits_XV, self.scales_L[cells].repeat(len(self.codes_BLD))[:, None])
-        self.read_logits(k, cells, logits_XV)
+        cells, tokens = self.cells, hidden_RTC.shape[1]
+        noise_BT = self.noise_BLD[:, cells, k]
+        count = noise_BT.shape[1]
+        logits_XV = self.runner.heads[k](hidden_RTC[:, -count:]).flatten(0, 1).float()  # X: images x cells
+        if self.cell_scales is not None:
+            logits_XV = guide(logits_XV, self.cell_scales)
+        self.read_logits(k, logits_XV)
         if self.filters is None:
             codes_X, finite_X = logits_XV.argmax(-1), logits_XV.amax(-1).isfinite()
         else:
-            codes_X = draw(self.filters[k](None, logits_XV), self.noise_BLD[:, cells, k].flatten())
+            codes_X = draw(self.filters[k](None, logits_XV), noise_BT.flatten())
             finite_X = codes_X < logits_XV.shape[-1]
             codes_X = codes_X.clamp_(max=logits_XV.shape[-1] - 1)
-        codes_BT = codes_X.view(-1, self.count)
+        codes_BT = codes_X.view(-1, count)
         if self.kept_BLD is not None:
             codes_BT = torch.where(self.kept_BLD[:, cells, k], self.codes_BLD[:, cells, k], codes_BT)
-        self.finite_BLD[:, cells, k] = finite_X.view(-1, self.count)
+        self.finite_BLD[:, cells, k] = finite_X.view(-1, count)
         self.codes_BLD[:, cells, k] = codes_BT
-        if tokens > self.count:
-            codes_BT = self.codes_BLD[:, self.cells_T[-tokens:], k]
+        if isinstance(cells, slice) and tokens > count:
+            codes_BT = self.codes_BLD[:, cells.stop - tokens : cells.stop, k]
         return codes_BT.repeat(2, 1) if self.guided else codes_BT
 
 

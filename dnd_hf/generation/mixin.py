@@ -23,7 +23,7 @@ from .packing import PackingMixin
 from .scoring import CodeDistributions, CodeScores, code_distributions, code_log_probs
 from .settings import SamplingSettings
 from .windows import (
-    Credit,
+    WindowRates,
     automatic_positions_per_pass,
     checked_positions_per_pass,
     one_cell_a_pass,
@@ -43,7 +43,7 @@ class ImageGenerationMixin(InpaintingMixin, PackingMixin):
     call with a new batch size (rounded up to a power of two), temperature or filter and kept, cache included."""
 
     _kept_loops: KeptLoops | None = None
-    _window_credits: dict[int, Credit] | None = None
+    _window_rates: dict[int, WindowRates] | None = None
 
     def generate(
         self,
@@ -98,7 +98,8 @@ class ImageGenerationMixin(InpaintingMixin, PackingMixin):
                 ([`several_cells_a_pass`]). Products of other shapes round in another way, as with another batch size:
                 where a random number lies on the border between two codes, the other code may be drawn. In float32 that
                 is rare (no code in 200 images of the bundled model), in half precision it is common. `"auto"` is 1
-                except for one image of a float32 model on a CPU, and there goes back to 1 where it does not pay.
+                except for one image of a float32 model on a CPU; there it tries several where the time of passes says
+                that they pay, and an image loses at most 3 % by that.
                 With `cuda_graphs` only 1 and `"auto"`.
 
         Returns:
@@ -254,17 +255,17 @@ class ImageGenerationMixin(InpaintingMixin, PackingMixin):
             graphed = self._graphed_loop(settings, conditions_BT)
             return graphed, one_cell_a_pass(graphed, whole_L)
         batch, device, packed = len(conditions_BT), conditions_BT.device, can_run_packed(self)
-        rows, credit = 2 * batch if settings.guided else batch, None
+        rows, rates = 2 * batch if settings.guided else batch, None
         if isinstance(cells_a_pass, str):
             cells_a_pass = automatic_positions_per_pass(rows, batch, len(whole_L), self.dtype, packed)
             if cells_a_pass > 1:
-                self._window_credits = self._window_credits or {}
-                credit = self._window_credits.setdefault(rows, Credit())
+                self._window_rates = self._window_rates or {}
+                rates = self._window_rates.setdefault(rows, WindowRates())
         runner = packed_runner(self, rows, cells_a_pass) if packed else plain_runner(self, rows, device, cells_a_pass)
         loop = SamplingLoop(self, runner, batch, settings, device)
         if cells_a_pass == 1:
             return loop, one_cell_a_pass(loop, whole_L)
-        return loop, several_cells_a_pass(loop, whole_L, cells_a_pass, credit)
+        return loop, several_cells_a_pass(loop, whole_L, cells_a_pass, rates)
 
     def _graphed_loop(self, settings: SamplingSettings, conditions_BT: Tensor) -> GraphedLoop:
         weights, kept = tuple(weight.data_ptr() for weight in self.parameters()), self._kept_loops

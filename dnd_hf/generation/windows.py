@@ -9,7 +9,8 @@ least one cell final, and only the sequential codes are a fixed point.
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import inf
 
 import torch
 
@@ -21,13 +22,14 @@ ROWS_AT_ONCE = 16
 """Rows (sequences x cells) of a pass that `"auto"` tries: on a CPU more rows take about as much longer as they gain."""
 SHORTEST_GRID = 64
 """Cells that a grid must have for `"auto"` to try."""
-SINGLE_CELLS = 0.25
-"""Share of the grid that `"auto"` samples one by one: with so little before them, guesses are rarely right."""
+LARGEST_LOSS = 0.03
+"""By which share an image may become slower where `"auto"` tries."""
+STRETCHES = 8
+"""Parts of the grid, of equal length, for which `"auto"` decides one by one."""
 SINGLE_PASSES = 4
-"""Passes of one cell that are timed at least."""
-FIRST_CREDIT, LARGEST_CREDIT, EARNED_CREDIT = 6.0, 12.0, 0.02
-"""How many passes of one cell `"auto"` may lose with a model at first, at most, and more for each cell that it samples
-by itself: once it has found out that windows do not pay, it is slower by that share."""
+"""Passes of one cell that are timed before the first of several."""
+FORGETTING = 1.01
+"""By how much the rate of a stretch is taken to be higher with each image that does not try it."""
 
 
 def checked_positions_per_pass(value: int | str, sequence_length: int, cuda_graphs: bool) -> int | str:
@@ -59,66 +61,99 @@ def one_cell_a_pass(loop: SamplingLoop, whole_L: Sequence[bool]) -> Iterator[int
 
 
 def several_cells_a_pass(
-    loop: SamplingLoop, whole_L: Sequence[bool], width: int, credit: "Credit | None" = None
+    loop: SamplingLoop, whole_L: Sequence[bool], width: int, rates: "WindowRates | None" = None
 ) -> Iterator[int]:
     """The same with up to `width` cells a pass.
 
     The images of a batch go on together, by the cells that are final in all of them; each keeps its own guesses.
 
     Args:
-        credit: says when passes of several cells do not pay; None: they are made anyway.
+        rates: where passes of several cells pay, for `"auto"`; None: they are made everywhere.
     """
     cell, length = 0, len(whole_L)
+    image = None if rates is None else AutomaticWindows(rates, length, LARGEST_LOSS * (length - sum(whole_L)))
     while cell < length:
         if whole_L[cell]:
             yield cell
             cell += 1
             continue
-        count = min(width, length - cell) if credit is None or credit.allows(cell / length) else 1
+        count = min(width, length - cell) if image is None or image.allows(cell) else 1
         started = time.thread_time()
         final = loop.step_window(cell, count)
-        if credit is not None:
+        if image is not None:
             sampled = final - sum(whole_L[cell : cell + final])
-            credit.count(count == 1, time.thread_time() - started, sampled)
+            image.count(count, time.thread_time() - started, sampled, timed=count in (1, width))
         yield from range(cell, cell + final)
         cell += final
+    if image is not None:
+        image.leave_stretch()
 
 
 @dataclass
-class Credit:
-    """Whether passes of several cells pay, from what those of a model have taken and brought so far.
+class WindowRates:
+    """What passes of several cells have brought and taken on a model so far.
 
-    Their gains, in passes of one cell, are what later ones may lose. The fastest pass of each kind counts, in time of
-    this thread, whatever else the machine is busy with. The clock decides only how codes are computed, never which:
-    `"auto"` is for precisions in which both ways give the same.
+    The fastest pass of each kind counts, in CPU time of the calling thread, whatever else the machine is busy with. The
+    clock decides only how codes are computed, never which: `"auto"` is for precisions in which both ways give the same.
     """
 
-    passes: float = FIRST_CREDIT
+    rates: list[float] = field(default_factory=lambda: [inf] * STRETCHES)
+    """Cells that such a pass made final, for each stretch of the grid; infinite where none was made."""
     single_passes: int = 0
-    window_passes: int = 0
-    single_seconds: float = float("inf")
-    window_seconds: float = float("inf")
+    single_seconds: float = inf
+    window_seconds: float = inf
 
     @property
     def cost(self) -> float:
-        """What a pass of several cells takes, in passes of one; the first of them may have to prepare kernels."""
-        return max(1.0, self.window_seconds / self.single_seconds) if self.window_passes > 1 else 1.5
+        """What a pass of several cells takes, in passes of one; before the first, a guess."""
+        return self.window_seconds / self.single_seconds if self.window_seconds < inf else 2.0
 
-    def allows(self, progress: float) -> bool:
-        """Whether the next pass may be of several cells, when this share of the grid is final."""
-        return progress >= SINGLE_CELLS and self.single_passes >= SINGLE_PASSES and self.passes >= self.cost - 1
 
-    def count(self, single: bool, seconds: float, cells: int) -> None:
-        """Counts a pass, and the cells that it sampled."""
-        if single:
-            self.single_passes += 1
-            self.single_seconds = min(self.single_seconds, seconds)
-            self.passes += EARNED_CREDIT
-        else:
-            self.window_passes += 1
-            self.window_seconds = min(self.window_seconds, seconds)
-            self.passes += cells - self.cost
-        self.passes = min(self.passes, LARGEST_CREDIT)
+class AutomaticWindows:
+    """Where one image takes passes of several cells: in stretches of the grid where they made more cells final than
+    they took passes of one. A stretch that was never tried, or long ago, counts as one of these.
+
+    Args:
+        rates: of the model, from earlier images; this one adds to them.
+        length: cells of the grid.
+        budget: how many passes of one cell this image may lose in all. Only the first pass of several that a model
+            ever makes, of which nobody knows what it takes, may lose more.
+    """
+
+    def __init__(self, rates: WindowRates, length: int, budget: float):
+        self.model, self.length, self.budget, self.lost = rates, length, budget, 0.0
+        self.stretch, self.several, self.passes, self.cells = -1, False, 0, 0
+
+    def allows(self, cell: int) -> bool:
+        """Whether the pass that begins at a cell may be of several. It makes one final at least."""
+        stretch = cell * STRETCHES // self.length
+        if stretch != self.stretch:
+            self.leave_stretch()
+            self.stretch, self.passes, self.cells = stretch, 0, 0
+            model = self.model
+            self.several = model.single_passes >= SINGLE_PASSES and model.rates[stretch] > model.cost
+            if not self.several:
+                model.rates[stretch] *= FORGETTING
+        return self.several and self.lost + self.model.cost - 1 <= self.budget
+
+    def leave_stretch(self) -> None:
+        """Takes over what the passes of the stretch have brought."""
+        if self.passes:
+            before, rate = self.model.rates[self.stretch], self.cells / self.passes
+            self.model.rates[self.stretch] = rate if before == inf else (before + rate) / 2
+
+    def count(self, count: int, seconds: float, cells: int, timed: bool) -> None:
+        """Counts a pass of `count` cells that has sampled so many for good; `timed`: its time may be compared."""
+        model = self.model
+        if count == 1:
+            model.single_passes += 1
+            model.single_seconds = min(model.single_seconds, seconds)
+            return
+        if timed:
+            model.window_seconds = min(model.window_seconds, seconds)
+        self.passes += 1
+        self.cells += cells
+        self.lost += model.cost - cells
 
 
 def automatic_positions_per_pass(rows: int, batch: int, length: int, dtype: torch.dtype, packed: bool) -> int:

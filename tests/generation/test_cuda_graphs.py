@@ -86,14 +86,14 @@ def test_a_static_step_asks_the_device_for_nothing(make_model):
     loop = GraphedLoop(model, 2, settings, torch.device("cpu"), [])
     codes = []
     given = GivenCodes(torch.full((2, 6, 2), 4), torch.rand(2, 6, 2) < 0.3, (False,) * 6)
-    for run in (torch.compile(SamplingLoop.run, backend="eager", fullgraph=True), SamplingLoop.run):
+    for sample in (torch.compile(SamplingLoop.sample, backend="eager", fullgraph=True), SamplingLoop.sample):
         with torch.no_grad():
             loop.start(labels, noise, [2.0] * 6, given)
             loop.step(0)
             for cell in range(1, 6):  # both are read on the device
                 loop.cell.fill_(cell)
                 loop.decoder.position.fill_(cell)
-                run(loop, loop.cell, 1, 1)
+                sample(loop, loop.cell, loop.cell, 1)
         codes.append(loop.codes_up_to(5).clone())
     assert torch.equal(*codes)
     assert (codes[0].flatten(1, 2)[given.mask_BLD] == 4).all()
