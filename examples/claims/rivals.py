@@ -237,7 +237,11 @@ class LatentFlow(Rival):
         return (1 - weight) * clean + weight * noise, share * self.scheduler.config.num_train_timesteps, noise - clean
 
 
-RIVALS: dict[str, type[PixelDDPM] | type[LatentFlow]] = {"ddpm": PixelDDPM, "flow": LatentFlow}
+def load_rival(folder: Path) -> Rival:
+    """What a rival has saved. Raises ValueError for another folder."""
+    if not (folder / "network").is_dir():
+        raise ValueError(f"{folder} is no result of diffusion.py.")
+    return (LatentFlow if (folder / "vqvae").is_dir() else PixelDDPM).load(folder)
 
 
 def training_flops(loss: Callable[[], Tensor]) -> int:

@@ -8,7 +8,7 @@ python examples/claims/sample_diffusion.py --model ddpm --num_images 128 --outpu
 import argparse
 from pathlib import Path
 
-from rivals import RIVALS
+from rivals import load_rival
 from tqdm.auto import tqdm
 
 from dnd_hf.data.images import to_images
@@ -24,9 +24,7 @@ def main() -> None:
     parser.add_argument("--num_images", type=int, default=128, help="Of each sampler, with the seeds 0, 1, ...")
     parser.add_argument("--batch_size", type=int, default=32, help="Images at once.")
     args = parser.parse_args()
-    if not (args.model / "network").is_dir():
-        parser.error(f"{args.model} is no result of diffusion.py.")
-    rival = RIVALS["flow" if (args.model / "vqvae").is_dir() else "ddpm"].load(args.model)
+    rival = load_rival(args.model)
     rival.network.eval()
     unknown = set(args.samplers or ()) - set(rival.samplers)
     if unknown:

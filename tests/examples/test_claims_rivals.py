@@ -145,7 +145,7 @@ def train(claims, rival: str, images: Path, output: Path, steps: int, vqvae: RQV
     run += ["--max_train_steps", str(steps), "--dataset_name", str(images), "--output_dir", str(output)]
     diffusion = claims("diffusion")
     diffusion.main(parse_arguments(diffusion.DiffusionArguments, ["--rival", rival, *shape, *run]))
-    return claims("rivals").RIVALS[rival].load(output).network.state_dict()
+    return claims("rivals").load_rival(output).network.state_dict()
 
 
 @pytest.mark.parametrize("rival", ["ddpm", "flow"])
@@ -157,7 +157,7 @@ def test_a_rival_trains_resumes_exactly_and_is_sampled(claims, images, tmp_path,
     assert "FLOPs a step" in told and "sample_diffusion.py" in told
 
     options = ["--model", str(tmp_path / "whole"), "--output_dir", str(tmp_path / "drawn"), "--num_images", "2"]
-    quick = list(claims("rivals").RIVALS[rival].samplers)[:2]
+    quick = list(claims("rivals").load_rival(tmp_path / "whole").samplers)[:2]
     monkeypatch.setattr(sys, "argv", ["sample_diffusion.py", *options, "--samplers", *quick])
     claims("sample_diffusion").main()
     for name in quick:
@@ -169,6 +169,11 @@ def test_a_rival_trains_resumes_exactly_and_is_sampled(claims, images, tmp_path,
     monkeypatch.setattr(sys, "argv", ["sample_diffusion.py", *options, "--samplers", "none"])
     with pytest.raises(SystemExit):
         claims("sample_diffusion").main()
+
+    trained = claims("training_compute").row(tmp_path / "parts")
+    assert (trained["steps"], trained["images a step"]) == (3, 2)
+    assert trained["FLOPs in all"] == 6 * trained["FLOPs an image"] > 0
+    assert trained["parameters"] == sum(weight.numel() for weight in whole.values())
 
 
 def test_max_training_flops_sets_the_steps(claims, images, tmp_path, capsys):

@@ -1,0 +1,64 @@
+"""What models cost to train: parameters, and the floating point operations (FLOPs) of the training so far.
+
+python examples/claims/training_compute.py --models C2/dnd-4/0 C4/ddpm C4/flow
+
+`--models` are output folders of train.py or diffusion.py. torch's `FlopCounterMode` counts one image, forward and
+backward; steps and images of a step are those of the newest checkpoint. The tokenizer is not counted.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import ModelMixin
+from rivals import load_rival, training_flops
+from torch import nn
+
+from dnd_hf import DnDPipeline
+from dnd_hf.figures import markdown_table
+from dnd_hf.files import read_json
+from dnd_hf.training.checkpoints import find_checkpoint
+from dnd_hf.training.settings import FILE
+
+
+RESULTS = ("pipeline", "rival")
+"""What train.py and diffusion.py call the result inside a checkpoint."""
+
+
+def network_and_flops(folder: Path) -> tuple[nn.Module | ModelMixin, int]:
+    """The network that was trained, and the FLOPs of one image."""
+    if (folder / "network").is_dir():
+        rival = load_rival(folder)
+        clean = torch.zeros(1, *rival.shape)
+        return rival.network, training_flops(lambda: rival.loss(rival.network, clean))
+    model = DnDPipeline.from_pretrained(folder).transformer.train()
+    codes = torch.zeros(1, *model.config.grid_size, model.config.code_depth, dtype=torch.int64)
+    labels = torch.zeros(1, dtype=torch.int64)
+    return model, training_flops(lambda: model(labels, codes, labels=codes).loss)
+
+
+def row(folder: Path) -> dict:
+    """One row of the table; ValueError without a checkpoint."""
+    steps, checkpoint = find_checkpoint(str(folder), "latest")
+    if checkpoint is None:
+        raise ValueError(f"{folder} has no checkpoint, which says how long it was trained.")
+    network, flops = network_and_flops(next(checkpoint / name for name in RESULTS if (checkpoint / name).is_dir()))
+    images = read_json(checkpoint / FILE)["facts"]["samples_per_step"]
+    return {
+        "model": str(folder),
+        "parameters": sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad),
+        "FLOPs an image": float(flops),
+        "images a step": images,
+        "steps": steps,
+        "FLOPs in all": float(flops * images * steps),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, nargs="+", required=True, help="Output folders of trainings.")
+    print(markdown_table([row(folder) for folder in parser.parse_args().models], digits=4))
+
+
+if __name__ == "__main__":
+    main()
