@@ -6,7 +6,7 @@ python examples/claims/diffusion.py --config ... --resume_from_checkpoint latest
 
 The loop is that of train.py: averaged weights, exact resume, validation on held-out images at the same noise. It prints
 the parameters and the floating point operations (FLOPs) of a step, by which rivals are made equal; --max_training_flops
-sets the number of steps from them. sample_diffusion.py draws from the result.
+makes so many steps of them. sample_diffusion.py draws from the result.
 """
 
 import os
@@ -58,7 +58,7 @@ class DiffusionArguments(RunArguments):
     learning_rate: float = HfArg(default=5e-4, help="Peak learning rate.")
     weight_decay: float = HfArg(default=0.0, help="Of matrices and convolutions; biases and gains do not decay.")
     max_training_flops: float | None = HfArg(
-        default=None, help="Floating point operations of the whole training, in the place of --max_train_steps."
+        default=None, help="Floating point operations of the whole training; the steps are at most so many."
     )
     num_samples: int = HfArg(default=8, help="Images of a sample grid; their seeds are always the same.")
 
@@ -120,8 +120,9 @@ class DiffusionTraining(TrainingRun):
         self.flops = training_flops(lambda: self.rival.loss(network, torch.zeros(1, *self.rival.shape, device=device)))
         network.zero_grad()
         if args.max_training_flops is not None:
-            steps = round(args.max_training_flops / (self.flops * environment.samples_per_step))
-            environment.args = args = replace(args, max_train_steps=max(1, steps), max_training_flops=None)
+            steps = max(1, round(args.max_training_flops / (self.flops * environment.samples_per_step)))
+            steps = min(steps, args.max_train_steps)
+            environment.args = args = replace(args, max_train_steps=steps, max_training_flops=None)
         if args.torch_compile:
             network.compile()
         super().__init__(

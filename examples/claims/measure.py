@@ -1,13 +1,15 @@
-"""Measures a small model of pages, its tokenizer, or images that another program made; writes results.json.
+"""Measures a small model of pages, a rival, a tokenizer, or images that another program made; writes results.json.
 
 python examples/claims/measure.py --model dnd --codes_dir codes-held-out --training_text text/train_books.jsonl \
     --output_dir dnd-measured
+python examples/claims/measure.py --model ddpm --training_text text/train_books.jsonl --output_dir ddpm-measured
 python examples/claims/measure.py --vqvae rqvae --dataset_name images-held-out --training_text text/train_books.jsonl \
     --output_dir rqvae-measured
 python examples/claims/measure.py --samples images --training_text text/train_books.jsonl --output_dir images-measured
 
 The pages are read by their glyphs, and `texts.jsonl` has what was read. The metrics are those of `evaluate.py --task
-prose` and, of a model, the nats that held-out pages cost at each depth.
+prose` and, of a model, the nats that held-out pages cost at each depth. Of a rival, which diffusion.py has trained, the
+images of each sampler are measured.
 """
 
 import time
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rivals import Rival, is_rival, load_rival
+from sample_diffusion import sample_images as sample_rival
 from torch.utils.data import Subset
 from transformers.hf_argparser import HfArg
 
@@ -39,7 +43,7 @@ from dnd_hf.files import write_json
 class MeasureArguments:
     """Options of this script."""
 
-    model: str | None = HfArg(default=None, help="Folder of a pipeline.")
+    model: str | None = HfArg(default=None, help="Folder of a pipeline, or of a rival.")
     vqvae: str | None = HfArg(default=None, help="Folder of a tokenizer.")
     samples: str | None = HfArg(default=None, help="Folder of images that another program made.")
     codes_dir: str | None = HfArg(default=None, help="Held-out codes, for the model.")
@@ -56,7 +60,9 @@ class MeasureArguments:
         if sum(name is not None for name in (self.model, self.vqvae, self.samples)) != 1:
             raise ValueError("one of `model`, `vqvae` and `samples` is needed.")
         needed = (
-            ["output_dir", "training_text"] + ["codes_dir"] * bool(self.model) + ["dataset_name"] * bool(self.vqvae)
+            ["output_dir", "training_text"]
+            + ["codes_dir"] * bool(self.model and not is_rival(self.model))
+            + ["dataset_name"] * bool(self.vqvae)
         )
         for name in needed:
             if getattr(self, name) is None:
@@ -124,9 +130,25 @@ def measure_model(pipeline: DnDPipeline, args: MeasureArguments, reader: Reader)
     return results
 
 
+def measure_rival(rival: Rival, args: MeasureArguments, reader: Reader) -> dict[str, float]:
+    """The words of the samples of each sampler, and images sampled a second."""
+    parameters = sum(parameter.numel() for parameter in rival.network.parameters() if parameter.requires_grad)
+    results: dict[str, float] = {"parameters": parameters}
+    for name in rival.samplers:
+        folder = Path(args.output_dir, "samples", name)
+        start, new = time.process_time(), args.num_images - len(list(folder.glob("*.png")))
+        sample_rival(rival, name, folder, args.num_images, args.batch_size)
+        if new > 0:
+            results[f"images_per_cpu_second@{name}"] = new / (time.process_time() - start)
+        results |= reader.measure(SampleImages(folder, args.num_images), name)
+    return results
+
+
 def main(args: MeasureArguments) -> None:
     reader = Reader(args.training_text)
-    if args.model:
+    if args.model and is_rival(args.model):
+        results = measure_rival(load_rival(Path(args.model)), args, reader)
+    elif args.model:
         pipeline = DnDPipeline.from_pretrained(args.model)
         pipeline.set_progress_bar_config(disable=True)
         results = measure_model(pipeline, args, reader)

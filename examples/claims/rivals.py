@@ -237,11 +237,18 @@ class LatentFlow(Rival):
         return (1 - weight) * clean + weight * noise, share * self.scheduler.config.num_train_timesteps, noise - clean
 
 
+def is_rival(folder: str | Path) -> bool:
+    """Whether a folder is a result of diffusion.py."""
+    return Path(folder, "network").is_dir()
+
+
 def load_rival(folder: Path) -> Rival:
-    """What a rival has saved. Raises ValueError for another folder."""
-    if not (folder / "network").is_dir():
+    """What a rival has saved, for sampling. Raises ValueError for another folder."""
+    if not is_rival(folder):
         raise ValueError(f"{folder} is no result of diffusion.py.")
-    return (LatentFlow if (folder / "vqvae").is_dir() else PixelDDPM).load(folder)
+    rival = (LatentFlow if (folder / "vqvae").is_dir() else PixelDDPM).load(folder)
+    rival.network.eval()
+    return rival
 
 
 def training_flops(loss: Callable[[], Tensor]) -> int:

@@ -8,12 +8,28 @@ python examples/claims/sample_diffusion.py --model ddpm --num_images 128 --outpu
 import argparse
 from pathlib import Path
 
-from rivals import load_rival
+from rivals import Rival, load_rival
 from tqdm.auto import tqdm
 
 from dnd_hf.data.images import to_images
 from dnd_hf.files import keep_settings, written_whole
 from dnd_hf.training.settings import fingerprint
+
+
+def sample_images(rival: Rival, sampler: str, folder: Path, num_images: int, batch_size: int) -> None:
+    """Writes `000000.png`, ... of the seeds 0, 1, ... where they are not there already.
+
+    Raises ValueError where the folder holds samples of other weights or of another sampler.
+    """
+    settings = {"weights": fingerprint(rival.network), "sampler": sampler}
+    keep_settings(folder / "sampling.json", settings, "samples of other settings")
+    files = {seed: folder / f"{seed:06d}.png" for seed in range(num_images)}
+    missing = [seed for seed, file in files.items() if not file.exists()]
+    for start in tqdm(range(0, len(missing), batch_size), desc=sampler):
+        seeds = missing[start : start + batch_size]
+        for seed, image in zip(seeds, to_images(rival.sample(seeds, sampler)), strict=True):
+            with written_whole(files[seed]) as unfinished:
+                image.save(unfinished, format="PNG")
 
 
 def main() -> None:
@@ -25,22 +41,11 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32, help="Images at once.")
     args = parser.parse_args()
     rival = load_rival(args.model)
-    rival.network.eval()
     unknown = set(args.samplers or ()) - set(rival.samplers)
     if unknown:
         parser.error(f"--samplers must be of {', '.join(rival.samplers)}, got {', '.join(sorted(unknown))}.")
-    weights = fingerprint(rival.network)
     for sampler in args.samplers or rival.samplers:
-        folder = args.output_dir / sampler
-        folder.mkdir(parents=True, exist_ok=True)
-        keep_settings(folder / "sampling.json", {"weights": weights, "sampler": sampler}, "samples of other settings")
-        files = {seed: folder / f"{seed:06d}.png" for seed in range(args.num_images)}
-        missing = [seed for seed, file in files.items() if not file.exists()]
-        for start in tqdm(range(0, len(missing), args.batch_size), desc=sampler):
-            seeds = missing[start : start + args.batch_size]
-            for seed, image in zip(seeds, to_images(rival.sample(seeds, sampler)), strict=True):
-                with written_whole(files[seed]) as unfinished:
-                    image.save(unfinished, format="PNG")
+        sample_images(rival, sampler, args.output_dir / sampler, args.num_images, args.batch_size)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
-from rivals import load_rival, training_flops
+from rivals import is_rival, load_rival, training_flops
 from torch import nn
 
 from dnd_hf import DnDPipeline
@@ -27,7 +27,7 @@ RESULTS = ("pipeline", "rival")
 
 def network_and_flops(folder: Path) -> tuple[nn.Module | ModelMixin, int]:
     """The network that was trained, and the FLOPs of one image."""
-    if (folder / "network").is_dir():
+    if is_rival(folder):
         rival = load_rival(folder)
         clean = torch.zeros(1, *rival.shape)
         return rival.network, training_flops(lambda: rival.loss(rival.network, clean))

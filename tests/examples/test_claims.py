@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 from dnd_hf import DnDForImageGeneration, bundled_checkpoint
 from dnd_hf.arguments import parse_arguments
@@ -19,6 +20,7 @@ from dnd_hf.data.text import TextImages
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CLAIMS = EXAMPLES / "claims"
+ARGUMENTS = {"train.py": "DnDArguments", "claims/diffusion.py": "DiffusionArguments"}
 BUNDLE_LIMIT = 16e6
 """Bytes of a bundled model's weights, the transformer's and the tokenizer's together."""
 
@@ -108,6 +110,8 @@ def run_claim(monkeypatch, *options: str) -> None:
             patch.chdir(cwd)
             patch.setattr(sys, "argv", line[1:])
             runpy.run_path(line[1], run_name="__main__")
+        AcceleratorState._reset_state(True)  # a process of its own would leave nothing behind
+        GradientState._reset_state()
         return SimpleNamespace(returncode=0)
 
     with monkeypatch.context() as patch:
@@ -131,6 +135,22 @@ def test_a_claim_runs_from_the_text_to_its_table_and_never_twice(books, tmp_path
     run_claim(monkeypatch, *options, "--only", "C2/vertical-2")
 
 
+def test_a_rival_of_c4_is_trained_beside_dnd_and_measured_with_each_of_its_samplers(
+    books, tmp_path, monkeypatch, capsys
+):
+    vqvae = str(Path(bundled_checkpoint("words"), "vqvae"))
+    options = ["--claim", "C4", "--state_dir", str(tmp_path), "--vqvae", vqvae, "--quick", "--seeds", "0"]
+    run_claim(monkeypatch, *options, "--only", "C4/flow")
+    results = json.loads((tmp_path / "C4/flow/0-measured/results.json").read_text())
+    for sampler in ("euler-50", "heun-25", "heun-25-nearest-codes"):
+        assert f"vocabulary_rate@{sampler}" in results  # without a number where no page has a word
+        assert len(list((tmp_path / "C4/flow/0-measured/samples" / sampler).glob("*.png"))) == 4
+    output = capsys.readouterr().out
+    assert "| dnd-4 | 1 |" in output and "| flow | 1 |" in output
+    ours = json.loads((tmp_path / "C2/dnd-4/0-measured/results.json").read_text())
+    assert results["parameters"] == pytest.approx(ours["parameters"], rel=0.05)
+
+
 @pytest.mark.parametrize("claim", sorted(path.stem for path in CLAIMS.glob("C*.yaml")))
 def test_every_command_of_a_claim_has_options_that_its_script_takes(claim, monkeypatch):
     monkeypatch.syspath_prepend(CLAIMS)
@@ -140,5 +160,6 @@ def test_every_command_of_a_claim_has_options_that_its_script_takes(claim, monke
         script, *options = shlex.split(command)
         options = [str(EXAMPLES / option) if (EXAMPLES / option).is_file() else option for option in options]
         assert "{" not in command.replace("{vqvae}", "")
-        if script == "train.py":
-            parse_arguments(runpy.run_path(str(EXAMPLES / script))["DnDArguments"], [*options, "--output_dir", name])
+        if script in ARGUMENTS:
+            arguments = runpy.run_path(str(EXAMPLES / script))[ARGUMENTS[script]]
+            parse_arguments(arguments, [*options, "--output_dir", name])
