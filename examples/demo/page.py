@@ -54,7 +54,7 @@ def serving(limits: Limits) -> dict[str, Any]:
         neutral_hue="slate",
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
-    )
+    ).set(body_text_color_subdued="*neutral_500")  # the theme's own is too pale to read
     return dict(
         theme=theme,
         css_paths=STYLE,

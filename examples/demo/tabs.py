@@ -47,6 +47,11 @@ def html(value: str, elem_class: str | None = None) -> gr.HTML:
     return gr.HTML(value, elem_classes=elem_class, padding=False)
 
 
+def said(text: str) -> dict:
+    """A note that takes no room where there is nothing to say."""
+    return gr.update(value=text, visible=bool(text))
+
+
 def image_output(label: str, elem_id: str | None = None) -> gr.Image:
     shown = dict(interactive=False, buttons=["fullscreen"], elem_classes="pixels", elem_id=elem_id, alt_text=label)
     return gr.Image(label=label, format="png", **shown)
@@ -137,13 +142,13 @@ def connect_source(
     def on_generated(made: Made | None):
         if made is None:
             raise ValueError(NO_IMAGE)
-        return made.image, uploads.enlarged(made.image, least), ""
+        return made.image, uploads.enlarged(made.image, least), said("")
 
     @as_message
     def on_upload(path, model):
         opened = uploads.open_upload(path, controls.limits)
         image, text = uploads.fitted(opened, image_size(controls.models.get(model)))
-        return image, uploads.enlarged(image, least), text
+        return image, uploads.enlarged(image, least), said(text)
 
     generated, upload = buttons
     generated.click(on_generated, made, [source, shown, note], api_visibility="private")
@@ -165,7 +170,7 @@ def fill_tab(controls: Controls, made: gr.State) -> Shown:
         placeholder="Use the generated image, or upload one",
         elem_id="editor",
     )
-    note = html("", "hint")
+    note = gr.HTML(elem_classes="hint", padding=False, visible=False)
     region = gr.Radio(list(uploads.REGIONS), value=uploads.REGIONS[0], label="Fill in")
     with gr.Row():
         particles = gr.Slider(
@@ -203,7 +208,7 @@ def fill_tab(controls: Controls, made: gr.State) -> Shown:
     connect_source(controls, made, buttons, source, editor, note, PAINTED)
     inputs = [source, editor, region, particles, feather, *controls.inputs]
     button.click(on_fill, inputs, [image, given, controls.seed], **controls.heavy)
-    return [(source, None), (editor, None), (note, ""), (image, None), (given, RESULT)]
+    return [(source, None), (editor, None), (note, said("")), (image, None), (given, RESULT)]
 
 
 def read_tab(controls: Controls, made: gr.State) -> Shown:
@@ -211,7 +216,7 @@ def read_tab(controls: Controls, made: gr.State) -> Shown:
     source, read, cells = gr.State(), gr.State(), gr.State([])
     buttons = source_buttons()
     given = image_output("The image to read", elem_id="source")
-    note = html("", "hint")
+    note = gr.HTML(elem_classes="hint", padding=False, visible=False)
     under = gr.Radio(list(UNDER), value=UNDER[0], label="Score under")
     button = gr.Button("Read", variant="primary")
     with gr.Row():
@@ -249,5 +254,13 @@ def read_tab(controls: Controls, made: gr.State) -> Shown:
     outputs = [score, classes, depths, image, inside, read, cells]
     button.click(on_read, [source, under, *controls.condition], outputs, **controls.heavy)
     connect_clicks(image, read, cells, inside)
-    emptied = [(source, None), (given, None), (note, ""), (score, SCORE), (classes, ""), (depths, ADDS), (image, None)]
+    emptied = [
+        (source, None),
+        (given, None),
+        (note, said("")),
+        (score, SCORE),
+        (classes, ""),
+        (depths, ADDS),
+        (image, None),
+    ]
     return [*emptied, (inside, EMPTY), (read, None), (cells, [])]

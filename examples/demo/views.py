@@ -78,7 +78,7 @@ def heat_maps(look: Look, cells: Sequence[Cell]) -> str:
     figures = [figure(look.image, "The image", ratio, markers)]
     for depth in range(depths):
         entropies = look.entropies[..., depth]
-        caption = f"Depth {depth + 1}: {entropies.mean():.2f} nats on average"
+        caption = f"Depth {depth + 1}: mean {entropies.mean():.2f}"
         figures.append(figure(heat_image(entropies, most), caption, ratio, markers))
     legend = (
         f'<p class="legend"><span>0</span><span class="scale" style="background: linear-gradient(90deg, '
