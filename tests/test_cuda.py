@@ -42,6 +42,16 @@ def test_cuda_graphs_give_the_codes_of_a_model_without(implementation, compiled,
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_several_positions_a_pass_give_the_codes_of_one(cuda_graphs, make_model):
+    model = make_model(**SIZES).cuda()
+    expected = model.generate([0, 3, 1], generator=[1, 2, 3])
+    model.cuda_graphs = cuda_graphs
+    for width in (2, 8):
+        for _ in range(2):  # captures, then replays
+            assert torch.equal(model.generate([0, 3, 1], generator=[1, 2, 3], positions_per_pass=width), expected)
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
 def test_no_step_waits_for_the_device(cuda_graphs, make_model):
     model = make_model(**SIZES).cuda()
     model.cuda_graphs = cuda_graphs

@@ -21,10 +21,11 @@ CAPTURE_LOCK = Lock()
 class GraphedLoop(SamplingLoop):
     """A sampling loop whose steps are CUDA graphs.
 
-    The first step that reads a new part of the cache runs as it is, and is captured after that. Passes of several
-    tokens (the condition, given codes) are not captured.
+    The first step that reads a new part of the cache runs as it is, and is captured after that. Passes that also read
+    the condition or given codes are not captured, nor are the shorter ones at the end of the grid.
 
     Args:
+        count: cells of a pass, where they are several.
         free: the loops of this kind that no call is using; `release` puts it there.
     """
 
@@ -34,15 +35,17 @@ class GraphedLoop(SamplingLoop):
         batch: int,
         settings: SamplingSettings,
         device: torch.device,
+        count: int,
         free: list["GraphedLoop"],
     ):
         with torch.inference_mode(False):  # its memory outlives the call
-            runner = static_runner(model, 2 * batch if settings.guided else batch, device)
+            runner = static_runner(model, 2 * batch if settings.guided else batch, device, count)
             super().__init__(model, runner, batch, settings, device)
             self.kept = torch.zeros_like(self.codes_BLD, dtype=torch.bool)
-            self.cell = torch.zeros(1, dtype=torch.int64, device=device)
+            self.static_cells = {width: torch.arange(width, device=device) for width in {1, count}}
         self.decoder, self.free = cast(StaticDecoder, runner.decoders[0]), free
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        """By how much of the cache is read, and the cells of a pass."""
 
     def keep(self, kept_BLD: Tensor | None) -> None:
         if kept_BLD is None:
@@ -54,22 +57,24 @@ class GraphedLoop(SamplingLoop):
     def run(self, first: int, cell: int, end: int) -> None:
         if first == 0:
             self.decoder.memory.zero_()  # what is masked must be finite; an earlier call may have left NaN
-        position = self.position(first)
+        position, count = self.position(first), end - first
         self.decoder.position.fill_(position)
-        self.cell.fill_(cell)
-        read = self.decoder.read_at(position)
-        step = partial(self.sample, self.cell, self.cell, first)
-        if first == 0 or end - first > 1:
+        if first == 0 or cell > first or count not in self.static_cells:
             super().run(first, cell, end)
-        elif read in self.graphs:
-            self.graphs[read].replay()
+            return
+        cells = self.static_cells[count]
+        cells += cell - cells[0]
+        step = partial(self.sample, cells, cells, first)
+        graph = self.decoder.read_at(position + count - 1), count
+        if graph in self.graphs:
+            self.graphs[graph].replay()
         else:
             step()
-            self.graphs[read] = capture(step, self.graphs.values())
+            self.graphs[graph] = capture(step, self.graphs.values())
 
     def release(self) -> None:
-        if self.cell.is_cuda:  # the next call may use another stream
-            torch.cuda.current_stream(self.cell.device).synchronize()
+        if self.codes_BLD.is_cuda:  # the next call may use another stream
+            torch.cuda.current_stream(self.codes_BLD.device).synchronize()
         self.free.append(self)
 
 
@@ -99,13 +104,15 @@ class KeptLoops:
     def __reduce__(self):
         return KeptLoops, ()
 
-    def take(self, model: ImageCodeModel, batch: int, condition_tokens: int, settings: SamplingSettings) -> GraphedLoop:
-        """A loop for `batch` images, captured before or not."""
+    def take(
+        self, model: ImageCodeModel, batch: int, condition_tokens: int, settings: SamplingSettings, count: int
+    ) -> GraphedLoop:
+        """A loop for `batch` images and passes of `count` cells, captured before or not."""
         filters = (settings.temperature, settings.top_k, settings.top_p) if settings.do_sample else None
         attention = model.config._attn_implementation
-        key = (batch, condition_tokens, settings.guided, filters, attention)  # what is a constant in a graph
+        key = (batch, condition_tokens, settings.guided, filters, attention, count)  # what is a constant in a graph
         free = self.free.setdefault(key, [])
         try:
             return free.pop()
         except IndexError:
-            return GraphedLoop(model, batch, settings, model.device, free)
+            return GraphedLoop(model, batch, settings, model.device, count, free)

@@ -53,16 +53,17 @@ def plain_runner(model: ImageCodeModel, rows: int, device: torch.device, count: 
     return ModelRunner(decoders, head_of_each_depth(model.heads, model.config.code_depth))
 
 
-def static_runner(model: ImageCodeModel, rows: int, device: torch.device) -> ModelRunner:
+def static_runner(model: ImageCodeModel, rows: int, device: torch.device, count: int = 1) -> ModelRunner:
     """The layers as they are, in a step that can be captured: the position in the first stack is read on the device.
 
-    The positions in further stacks are the depths, which are the same in every step.
+    For passes that choose the codes of up to `count` cells of each of `rows` sequences. The positions in further stacks
+    are the depths, which are the same in every step.
     """
     first, *others = model.layer_stacks(device)
     attention = model.config._attn_implementation
     decoders: list[Decoder] = [
         StaticDecoder(first, rows, device, model.dtype),
-        *(PlainDecoder(stack, rows, device, model.dtype, attention) for stack in others),
+        *(PlainDecoder(stack, rows * count, device, model.dtype, attention) for stack in others),
     ]
     heads = head_of_each_depth(model.heads, model.config.code_depth)
     return ModelRunner(decoders, heads, partial(static_context, device.type))

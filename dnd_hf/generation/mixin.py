@@ -26,7 +26,6 @@ from .windows import (
     WindowRates,
     automatic_positions_per_pass,
     checked_positions_per_pass,
-    one_cell_a_pass,
     several_cells_a_pass,
 )
 
@@ -99,8 +98,8 @@ class ImageGenerationMixin(InpaintingMixin, PackingMixin):
                 where a random number lies on the border between two codes, the other code may be drawn. In float32 that
                 is rare (no code in 200 images of the bundled model), in half precision it is common. `"auto"` is 1
                 except for one image of a float32 model on a CPU; there it tries several where the time of passes says
-                that they pay, and an image loses at most 3 % by that.
-                With `cuda_graphs` only 1 and `"auto"`.
+                that they pay, and an image loses at most 3 % by that. On a GPU each pass of several waits for a small
+                read of the device; with `cuda_graphs` the passes of a number are captured like those of 1.
 
         Returns:
             `(batch, height, width, depth)` int64 in `[0, vocab_size)`.
@@ -163,7 +162,7 @@ class ImageGenerationMixin(InpaintingMixin, PackingMixin):
         given = checked_given_codes(codes, codes_mask, shape, config.vocab_size, device)
         generator = checked_generators(generator, batch)
         self._check_cuda_graphs(device)
-        cells_a_pass = checked_positions_per_pass(positions_per_pass, config.sequence_length, self.cuda_graphs)
+        cells_a_pass = checked_positions_per_pass(positions_per_pass, config.sequence_length)
         return self._steps(resolved, conditions_BT, generator, given, cells_a_pass)
 
     @torch.no_grad()
@@ -252,8 +251,9 @@ class ImageGenerationMixin(InpaintingMixin, PackingMixin):
     ) -> tuple[SamplingLoop, Iterator[int]]:
         """The loop of a call, and what goes through it and yields each cell when it is final."""
         if self.cuda_graphs:
-            graphed = self._graphed_loop(settings, conditions_BT)
-            return graphed, one_cell_a_pass(graphed, whole_L)
+            count = cells_a_pass if isinstance(cells_a_pass, int) else 1
+            graphed = self._graphed_loop(settings, conditions_BT, count)
+            return graphed, several_cells_a_pass(graphed, whole_L, count)
         batch, device, packed = len(conditions_BT), conditions_BT.device, can_run_packed(self)
         rows, rates = 2 * batch if settings.guided else batch, None
         if isinstance(cells_a_pass, str):
@@ -263,16 +263,14 @@ class ImageGenerationMixin(InpaintingMixin, PackingMixin):
                 rates = self._window_rates.setdefault(rows, WindowRates())
         runner = packed_runner(self, rows, cells_a_pass) if packed else plain_runner(self, rows, device, cells_a_pass)
         loop = SamplingLoop(self, runner, batch, settings, device)
-        if cells_a_pass == 1:
-            return loop, one_cell_a_pass(loop, whole_L)
         return loop, several_cells_a_pass(loop, whole_L, cells_a_pass, rates)
 
-    def _graphed_loop(self, settings: SamplingSettings, conditions_BT: Tensor) -> GraphedLoop:
+    def _graphed_loop(self, settings: SamplingSettings, conditions_BT: Tensor, count: int) -> GraphedLoop:
         weights, kept = tuple(weight.data_ptr() for weight in self.parameters()), self._kept_loops
         if kept is None or kept.weights != weights:
             kept = self._kept_loops = KeptLoops(weights)
         batch = 2 ** (len(conditions_BT) - 1).bit_length()
-        return kept.take(self, batch, conditions_BT.shape[1], settings)
+        return kept.take(self, batch, conditions_BT.shape[1], settings, count)
 
     def _check_cuda_graphs(self, device: torch.device) -> None:
         attention = self.config._attn_implementation

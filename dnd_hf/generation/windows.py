@@ -28,46 +28,34 @@ STRETCHES = 8
 """Parts of the grid, of equal length, for which `"auto"` decides one by one."""
 SINGLE_PASSES = 4
 """Passes of one cell that are timed before the first of several."""
+FIRST_COST = 1.5
+"""What a pass of several cells is taken to take, in passes of one, before two have been timed."""
 FORGETTING = 1.01
-"""By how much the rate of a stretch is taken to be higher with each image that does not try it."""
+"""By how much a rate is taken to be higher, and a cost lower, with each image that does not measure it again."""
 
 
-def checked_positions_per_pass(value: int | str, sequence_length: int, cuda_graphs: bool) -> int | str:
+def checked_positions_per_pass(value: int | str, sequence_length: int) -> int | str:
     """The `positions_per_pass` of a call of `generate`; at most `sequence_length`.
 
     Raises:
-        ValueError: it is neither `"auto"` nor a whole number of at least 1; or it is greater with CUDA graphs.
+        ValueError: it is neither `"auto"` nor a whole number of at least 1.
     """
     if isinstance(value, str):
         if value != "auto":
             raise ValueError(f'`positions_per_pass` must be "auto" or a whole number, got {value!r}.')
         return value
-    count = whole_number("positions_per_pass", value)
-    if count > 1 and cuda_graphs:
-        raise ValueError(f'`positions_per_pass` must be 1 or "auto" with `cuda_graphs`, got {count}.')
-    return min(count, sequence_length)
-
-
-def one_cell_a_pass(loop: SamplingLoop, whole_L: Sequence[bool]) -> Iterator[int]:
-    """Samples the cells one by one, and yields each when its codes are final.
-
-    Args:
-        whole_L: the cells of which no code is to be sampled.
-    """
-    for cell, whole in enumerate(whole_L):
-        if not whole:
-            loop.step(cell)
-        yield cell
+    return min(whole_number("positions_per_pass", value), sequence_length)
 
 
 def several_cells_a_pass(
     loop: SamplingLoop, whole_L: Sequence[bool], width: int, rates: "WindowRates | None" = None
 ) -> Iterator[int]:
-    """The same with up to `width` cells a pass.
+    """Samples the cells, up to `width` in a pass, and yields each when its codes are final.
 
     The images of a batch go on together, by the cells that are final in all of them; each keeps its own guesses.
 
     Args:
+        whole_L: the cells of which no code is to be sampled.
         rates: where passes of several cells pay, for `"auto"`; None: they are made everywhere.
     """
     cell, length = 0, len(whole_L)
@@ -82,78 +70,88 @@ def several_cells_a_pass(
         final = loop.step_window(cell, count)
         if image is not None:
             sampled = final - sum(whole_L[cell : cell + final])
-            image.count(count, time.thread_time() - started, sampled, timed=count in (1, width))
+            image.count(time.thread_time() - started, sampled, several=count > 1, full=count == width)
         yield from range(cell, cell + final)
         cell += final
     if image is not None:
-        image.leave_stretch()
+        image.end()
 
 
 @dataclass
 class WindowRates:
-    """What passes of several cells have brought and taken on a model so far.
+    """What passes of several cells have brought and taken on a model, by its last images.
 
-    The fastest pass of each kind counts, in CPU time of the calling thread, whatever else the machine is busy with. The
-    clock decides only how codes are computed, never which: `"auto"` is for precisions in which both ways give the same.
+    The clock decides only how codes are computed, never which: `"auto"` is for precisions in which both ways give the
+    same.
     """
 
     rates: list[float] = field(default_factory=lambda: [inf] * STRETCHES)
     """Cells that such a pass made final, for each stretch of the grid; infinite where none was made."""
-    single_passes: int = 0
+    cost: float = FIRST_COST
+    """What such a pass takes, in passes of one cell."""
     single_seconds: float = inf
-    window_seconds: float = inf
-
-    @property
-    def cost(self) -> float:
-        """What a pass of several cells takes, in passes of one; before the first, a guess."""
-        return self.window_seconds / self.single_seconds if self.window_seconds < inf else 2.0
+    """What a pass of one cell took when `cost` was measured; infinite: it was not."""
 
 
 class AutomaticWindows:
     """Where one image takes passes of several cells: in stretches of the grid where they made more cells final than
     they took passes of one. A stretch that was never tried, or long ago, counts as one of these.
 
+    The fastest pass of each kind counts, in CPU time of the calling thread, whatever else the machine is busy with.
+
     Args:
-        rates: of the model, from earlier images; this one adds to them.
+        model: what earlier images have told; this one adds to it.
         length: cells of the grid.
-        budget: how many passes of one cell this image may lose in all. Only the first pass of several that a model
-            ever makes, of which nobody knows what it takes, may lose more.
+        budget: how many passes of one cell this image may lose in all. Only the first two passes of several of a model,
+            of which nobody knows what they take, may lose more, and one of them after some dozens of images.
     """
 
-    def __init__(self, rates: WindowRates, length: int, budget: float):
-        self.model, self.length, self.budget, self.lost = rates, length, budget, 0.0
-        self.stretch, self.several, self.passes, self.cells = -1, False, 0, 0
+    def __init__(self, model: WindowRates, length: int, budget: float):
+        self.model, self.length, self.budget = model, length, budget
+        self.measured = model.single_seconds < inf
+        self.single_seconds: list[float] = []
+        self.window_seconds: list[float] = []
+        self.passes = self.final = 0
+        """Passes of several cells, and how many they have made final."""
+        self.stretch, self.several, self.before = -1, False, (0, 0)
 
     def allows(self, cell: int) -> bool:
         """Whether the pass that begins at a cell may be of several. It makes one final at least."""
-        stretch = cell * STRETCHES // self.length
+        model, stretch = self.model, cell * STRETCHES // self.length
         if stretch != self.stretch:
             self.leave_stretch()
-            self.stretch, self.passes, self.cells = stretch, 0, 0
-            model = self.model
-            self.several = model.single_passes >= SINGLE_PASSES and model.rates[stretch] > model.cost
+            self.stretch, self.before = stretch, (self.passes, self.final)
+            self.several = self.measured or len(self.single_seconds) >= SINGLE_PASSES
+            self.several = self.several and model.rates[stretch] > model.cost
             if not self.several:
                 model.rates[stretch] *= FORGETTING
-        return self.several and self.lost + self.model.cost - 1 <= self.budget
+        return self.several and (self.passes + 1) * model.cost - (self.final + 1) <= self.budget
+
+    def count(self, seconds: float, cells: int, several: bool, full: bool = True) -> None:
+        """Counts a pass that has sampled so many cells for good; `full`: it was as wide as others."""
+        if not several:
+            self.single_seconds.append(seconds)
+            return
+        self.passes += 1
+        self.final += cells
+        if full:
+            self.window_seconds.append(seconds)
+        if len(self.window_seconds) > (not self.measured):  # the first of a model prepares kernels
+            single_seconds = min(self.single_seconds, default=self.model.single_seconds)
+            self.model.cost, self.model.single_seconds = min(self.window_seconds) / single_seconds, single_seconds
 
     def leave_stretch(self) -> None:
         """Takes over what the passes of the stretch have brought."""
-        if self.passes:
-            before, rate = self.model.rates[self.stretch], self.cells / self.passes
-            self.model.rates[self.stretch] = rate if before == inf else (before + rate) / 2
+        passes, final = self.before
+        if self.passes > passes:
+            rates, rate = self.model.rates, (self.final - final) / (self.passes - passes)
+            rates[self.stretch] = rate if rates[self.stretch] == inf else (rates[self.stretch] + rate) / 2
 
-    def count(self, count: int, seconds: float, cells: int, timed: bool) -> None:
-        """Counts a pass of `count` cells that has sampled so many for good; `timed`: its time may be compared."""
-        model = self.model
-        if count == 1:
-            model.single_passes += 1
-            model.single_seconds = min(model.single_seconds, seconds)
-            return
-        if timed:
-            model.window_seconds = min(model.window_seconds, seconds)
-        self.passes += 1
-        self.cells += cells
-        self.lost += model.cost - cells
+    def end(self) -> None:
+        """The image is complete. A cost that was not measured again may have been that of another moment."""
+        self.leave_stretch()
+        if not self.passes and self.model.cost > FIRST_COST:
+            self.model.cost /= FORGETTING
 
 
 def automatic_positions_per_pass(rows: int, batch: int, length: int, dtype: torch.dtype, packed: bool) -> int:

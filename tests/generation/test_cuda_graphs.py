@@ -76,24 +76,26 @@ def test_copies_of_a_model_begin_without_graphs(make_model, graphed, tmp_path):
         assert torch.equal(model.generate([0, 1], do_sample=False), codes)
 
 
-def test_a_static_step_asks_the_device_for_nothing(make_model):
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_static_step_asks_the_device_for_nothing(count, make_model):
     """torch.compile refuses whole graphs of functions that read a number back, as `.item()` does."""
     model = make_model(num_key_value_heads=1)
     settings = SamplingSettings.resolve(
         model.config, GenerationConfig(), temperature=0.9, top_k=7, top_p=0.95, guidance_scale=2.0
     )
     labels, noise = torch.tensor([[0], [1]]), torch.rand(2, 6, 2, dtype=torch.float64)
-    loop = GraphedLoop(model, 2, settings, torch.device("cpu"), [])
+    loop = GraphedLoop(model, 2, settings, torch.device("cpu"), count, [])
     codes = []
     given = GivenCodes(torch.full((2, 6, 2), 4), torch.rand(2, 6, 2) < 0.3, (False,) * 6)
     for sample in (torch.compile(SamplingLoop.sample, backend="eager", fullgraph=True), SamplingLoop.sample):
         with torch.no_grad():
             loop.start(labels, noise, [2.0] * 6, given)
             loop.step(0)
-            for cell in range(1, 6):  # both are read on the device
-                loop.cell.fill_(cell)
+            cells = loop.static_cells[count]
+            for cell in range(1, 6, count):  # both are read on the device
+                cells += cell - cells[0]
                 loop.decoder.position.fill_(cell)
-                sample(loop, loop.cell, loop.cell, 1)
+                sample(loop, cells, cells, 1)
         codes.append(loop.codes_up_to(5).clone())
     assert torch.equal(*codes)
     assert (codes[0].flatten(1, 2)[given.mask_BLD] == 4).all()
