@@ -25,6 +25,7 @@ from transformers.hf_argparser import HfArg
 from dnd_hf.arguments import run_script
 from dnd_hf.evaluation import generation, ppl_ocr, prose, reconstruction, rocr, words
 from dnd_hf.figures import import_figure
+from dnd_hf.processes import connected, end_processes
 
 
 TASKS = {
@@ -75,14 +76,14 @@ def main(args: EvaluationArguments) -> None:
         raise ValueError(f"the `task` {args.task} runs in one process: start it without `accelerate launch`.")
     import_figure()  # so that a missing package shows before the long work
     module, options_class = TASKS[args.task]
-    report = module.run(args)
-    if args.state.is_main_process:
-        settings = {field.name: getattr(args, field.name) for field in fields(options_class)}
-        report.write(args.output_dir, args.task, settings, args.run_device)
-        print(report.markdown(args.task).rstrip())
-        print(f"written to {args.folder / 'results.json'} and {args.folder / 'results.md'}")
-    args.state.wait_for_everyone()
-    args.state.destroy_process_group()
+    with connected(lambda: "Images that are made stay: start all processes again with the same command."):
+        report = module.run(args)
+        if args.state.is_main_process:
+            settings = {field.name: getattr(args, field.name) for field in fields(options_class)}
+            report.write(args.output_dir, args.task, settings, args.run_device)
+            print(report.markdown(args.task).rstrip())
+            print(f"written to {args.folder / 'results.json'} and {args.folder / 'results.md'}")
+        end_processes()
 
 
 if __name__ == "__main__":

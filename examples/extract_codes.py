@@ -52,6 +52,7 @@ from dnd_hf.data.images import (
 )
 from dnd_hf.files import read_json
 from dnd_hf.ops.number_checks import height_width
+from dnd_hf.processes import connected, end_processes
 from dnd_hf.training.settings import fingerprint, model_settings
 
 
@@ -228,14 +229,15 @@ def main(args: ExtractionArguments) -> None:
             del settings[name]
             if state.is_main_process:
                 print(f"{record} does not record {what}: not compared.")
-    with state.main_process_first():
-        writer = CodesWriter(args.output_dir, codes_features(shape, dataset.class_names), settings)
-    if writer.is_complete:
-        print(f"{args.output_dir} is complete already.")
-    else:
-        extract(args, vae, dataset, writer)
-    state.wait_for_everyone()
-    state.destroy_process_group()
+    with connected(lambda: "What is written stays: start all processes again with the same command."):
+        with state.main_process_first():
+            writer = CodesWriter(args.output_dir, codes_features(shape, dataset.class_names), settings)
+        if writer.is_complete:
+            if state.is_main_process:
+                print(f"{args.output_dir} is complete already.")
+        else:
+            extract(args, vae, dataset, writer)
+        end_processes()
 
 
 if __name__ == "__main__":

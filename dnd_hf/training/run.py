@@ -2,10 +2,8 @@
 
 import copy
 import math
-import re
 import signal
 import sys
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -15,7 +13,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from accelerate.utils import DistributedType, broadcast_object_list
 from PIL import Image
 from torch import Tensor, nn
@@ -25,6 +22,7 @@ from transformers import get_scheduler
 
 from ..figures import plot_training_curves, save_image_grid
 from ..files import locked
+from ..processes import connected, end_processes
 from .checkpoints import find_checkpoint, remove_unfinished, save_checkpoint
 from .data_order import SizedDataset, TrainingStream, mixed_seed
 from .environment import RunEnvironment
@@ -135,13 +133,13 @@ class TrainingRun(ABC):
                 print(as_text(self.summary()), flush=True)
             accelerator.wait_for_everyone()
             accelerator.init_trackers("dnd_hf", {name: str(value) for name, value in asdict(args).items()})
-            with StopRequest(accelerator) as stop, self._connected():
+            with StopRequest(accelerator) as stop, connected(self._advice):
                 self._run_steps(stop)
             self.progress.close()
             self._export(self.output_dir)
             if accelerator.is_main_process:
                 write_model_card(args, self.environment.repo_id, accelerator, len(self.dataset))
-            self._end_processes()
+            self._end()
         if accelerator.is_main_process:
             print(f"Saved to {self.output_dir}. Next: {self.next_command()}")
         if self.environment.repo_id is not None:
@@ -195,23 +193,12 @@ class TrainingRun(ABC):
                     if step % args.validation_steps == 0 or finished:
                         self._validate(step)
 
-    @contextmanager
-    def _connected(self) -> Iterator[None]:
-        """Says in plain words that another process, or its machine, is gone."""
-        try:
-            yield
-        except RuntimeError as error:
-            lost = isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), flags=re.IGNORECASE)
-            if self.accelerator.num_processes == 1 or not lost:
-                raise
-            raise RuntimeError(
-                f"the connection to another process is lost; its own output says why. {self.last_good_checkpoint}"
-                " Start all processes again, with `resume_from_checkpoint` latest."
-            ) from error
+    def _advice(self) -> str:
+        return f"{self.last_good_checkpoint} Start all processes again, with `resume_from_checkpoint` latest."
 
     def _leave(self, step: int, number: int) -> NoReturn:
         self.progress.close()
-        self._end_processes()
+        self._end()
         if self.accelerator.is_main_process:
             print(
                 f"Stopped by {signal.Signals(number).name} after step {step:,}; {self.output_dir}/checkpoint-{step} is"
@@ -219,15 +206,9 @@ class TrainingRun(ABC):
             )
         sys.exit(128 + number)
 
-    def _end_processes(self) -> None:
-        """Ends the trackers and the process group, when gloo's thread has let go of its last tensors.
-
-        The thread needs Python's lock for that, which the end of the group would hold while it waits for the thread.
-        """
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.num_processes > 1:
-            time.sleep(1)
-        self.accelerator.end_training()
+    def _end(self) -> None:
+        end_processes()
+        self.accelerator.end_training()  # which finishes the trackers
 
     def _is_validation_missing(self) -> bool:
         """Whether the run that is resumed was stopped between a checkpoint and its validation."""
