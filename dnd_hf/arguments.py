@@ -1,6 +1,8 @@
 """Command-line options that the scripts share, and how a script reads them."""
 
+import copy
 import errno
+import logging
 import math
 import os
 import re
@@ -8,22 +10,28 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import Field, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
+import psutil
 import yaml
 from accelerate import PartialState
 from accelerate.tracking import get_available_trackers
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
-from transformers.hf_argparser import HfArg
+from transformers.hf_argparser import HfArg, string_to_bool
 
 from .data.images import ImageDataset, ImageStream, ImageTransform, TenCrop, WithMirrorImage
 from .data.rgb import parse_background
 from .data.sources import load_image_dataset
+from .messages import BesideProgressBars, close_progress_bars
 
 
 Arguments = TypeVar("Arguments")
@@ -137,18 +145,15 @@ class ImageArguments:
 
 
 @dataclass
-class RunArguments(ImageArguments):
-    """How a training run goes; the defaults that differ between scripts are set there."""
+class OptimizationArguments:
+    """How the weights are trained."""
 
-    output_dir: str = HfArg(default="output", help="Folder of the result, checkpoints, metrics and samples.")
-    random_flip: bool = HfArg(default=False, help="Mirror half of the training images; not for text.")
-    random_crop: bool = HfArg(default=False, help="Crop training images at random instead of at the center.")
-    train_batch_size: int = HfArg(default=32, help="Samples a forward pass, for each process.")
-    gradient_accumulation_steps: int = HfArg(default=1, help="Forward passes a step of the optimizer.")
     max_train_steps: int = HfArg(default=100_000, help="Steps of the optimizer.")
     num_train_epochs: float | None = HfArg(
         default=None, help="Passes over the training data, in the place of --max_train_steps."
     )
+    train_batch_size: int = HfArg(default=32, help="Samples a forward pass, for each process.")
+    gradient_accumulation_steps: int = HfArg(default=1, help="Forward passes a step of the optimizer.")
     learning_rate: float | None = HfArg(default=None, help="Peak learning rate.")
     lr_scheduler: Literal["constant_with_warmup", "cosine", "linear"] = HfArg(
         default="constant_with_warmup", help="Learning rate after the warmup."
@@ -156,6 +161,12 @@ class RunArguments(ImageArguments):
     lr_warmup_steps: int = HfArg(default=500, help="Steps in which the learning rate rises from 0.")
     max_grad_norm: float = HfArg(default=1.0, help="Gradients are scaled down to this norm.")
     ema_decay: float = HfArg(default=0.999, help="Decay of the averaged weights, which are what is saved.")
+
+
+@dataclass
+class SpeedArguments:
+    """Speed and memory of training."""
+
     mixed_precision: Literal["no", "bf16"] | None = HfArg(
         default=None, help="Default: what `accelerate launch` says, otherwise bf16 on GPUs that have it."
     )
@@ -163,6 +174,13 @@ class RunArguments(ImageArguments):
     torch_compile: bool = HfArg(
         default=False, help="Compile the training step with torch.compile: a minute at the start, faster from then on."
     )
+
+
+@dataclass
+class OutputArguments:
+    """What a run writes, and when."""
+
+    output_dir: str = HfArg(default="output", help="Folder of the result, checkpoints, metrics and samples.")
     logging_steps: int = HfArg(default=50, help="Steps between lines of metrics.jsonl.")
     validation_steps: int = HfArg(default=2000, help="Steps between validations and sample grids.")
     num_validation_images: int = HfArg(default=256, help="Images held out of training for validation.")
@@ -174,6 +192,12 @@ class RunArguments(ImageArguments):
     report_to: list[str] = HfArg(
         default_factory=list, help="Trackers beside metrics.jsonl: tensorboard, trackio, wandb, ...; none: no others."
     )
+
+
+@dataclass
+class HubArguments:
+    """Upload of the result to the Hub."""
+
     push_to_hub: bool = HfArg(
         default=False, help="Upload the result with its model card; the token is that of `hf auth login` or HF_TOKEN."
     )
@@ -184,6 +208,14 @@ class RunArguments(ImageArguments):
     hub_license: str | None = HfArg(
         default=None, help="Licence of the weights, for the model card, as the Hub writes it: apache-2.0, mit, ..."
     )
+
+
+@dataclass
+class RunArguments(HubArguments, OutputArguments, SpeedArguments, OptimizationArguments, ImageArguments):
+    """Augmentation, and with the groups above all options of a training run; scripts set other defaults."""
+
+    random_flip: bool = HfArg(default=False, help="Mirror half of the training images; not for text.")
+    random_crop: bool = HfArg(default=False, help="Crop training images at random instead of at the center.")
 
     def __post_init__(self):
         self.check_images()
@@ -214,7 +246,47 @@ class RunArguments(ImageArguments):
         return self.hub_model_id or Path(self.output_dir).resolve().name
 
 
+class _HelpFormatter(ArgumentDefaultsHelpFormatter):
+    """Each option by one of its names and the kind of its value, with its default where there is one to tell."""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        shown = copy.copy(action)
+        shown.option_strings = [name for name in action.option_strings if "-" not in name.lstrip("-")]
+        return super()._format_action_invocation(shown)
+
+    def _get_default_metavar_for_optional(self, action: Action) -> str:
+        kinds: dict[Any, str] = {string_to_bool: "BOOL", int: "INT", float: "FLOAT"}
+        return kinds.get(action.type, "TEXT")
+
+    def _get_help_string(self, action: Action) -> str | None:
+        if action.option_strings[0] == f"--no_{action.dest}":
+            return f"The same as --{action.dest} false."
+        untold = action.default is False or action.default in (None, [], SUPPRESS)
+        return action.help if untold else super()._get_help_string(action)
+
+
 class _Parser(HfArgumentParser):
+    """Groups the options by the dataclass that declares them; the start of its docstring is the heading."""
+
+    def __init__(self, arguments_class: type):
+        self.groups: dict[str, Any] = {}
+        about = getattr(sys.modules.get(arguments_class.__module__), "__doc__", None) or ""
+        about, usage = about.split("\n\n")[0], "%(prog)s [--option value ...]"
+        super().__init__(
+            arguments_class,
+            usage=usage,
+            description=about,
+            formatter_class=partial(_HelpFormatter, max_help_position=34),
+        )
+
+    def _parse_dataclass_field(self, parser: "_Parser", field: Field) -> None:
+        bases = reversed(self.dataclass_types[0].__mro__)
+        declaring = next(base for base in bases if field.name in vars(base).get("__annotations__", ()))
+        heading = re.split(r"[.,:;]", declaring.__doc__)[0]
+        if heading not in self.groups:
+            self.groups[heading] = self.add_argument_group(heading)
+        super()._parse_dataclass_field(self.groups[heading], field)
+
     def error(self, message: str) -> NoReturn:
         _leave(f"{message} (--help lists the options)", 2)
 
@@ -226,6 +298,7 @@ def run_script(main: Callable[[Arguments], None], arguments_class: type[Argument
     (a RuntimeError of this project, a full disk) one line and exit code 1. Other errors keep their traceback, and with
     `--debug` all do. Of several processes the main one prints; another one only where the main one keeps running.
     """
+    logging.basicConfig(format="%(message)s", handlers=[BesideProgressBars()])
     if "--debug" in sys.argv:
         main(parse_arguments(arguments_class))
         return
@@ -238,17 +311,30 @@ def run_script(main: Callable[[Arguments], None], arguments_class: type[Argument
         if isinstance(error, RuntimeError) and not is_ours:
             raise
         failed = isinstance(error, RuntimeError) or getattr(error, "errno", None) in FULL_DISK
-        _leave(_name_options(message, arguments_class), 1 if failed else 2)
+        _leave(name_options(message, arguments_class), 1 if failed else 2)
 
 
 def _leave(message: str, code: int) -> NoReturn:
     if os.environ.get("RANK", "0") != "0":
         # The launcher ends this process as soon as the main one has ended, with the same message.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5)
+        time.sleep(10)
         message = f"process {os.environ['RANK']}: {message}"
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    close_progress_bars()
+    print(f"{Path(sys.argv[0]).name}: error: {message}{_launcher_note()}", file=sys.stderr)
     sys.exit(code)
+
+
+def _launcher_note() -> str:
+    """Whose traceback follows, where `accelerate launch` is going to show one."""
+    parent = psutil.Process().parent() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+    command = parent.cmdline() if parent else []
+    if not any("accelerate" in word for word in command):
+        return ""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        return " (The traceback below is that of accelerate.)"
+    told = " (The traceback below is that of accelerate; `accelerate launch --quiet` leaves it out.)"
+    return "" if {"--quiet", "-q"} & set(command) else told
 
 
 def _origin(error: Exception) -> tuple[str, bool]:
@@ -263,10 +349,28 @@ def _origin(error: Exception) -> tuple[str, bool]:
     return message if is_ours else f"{' '.join(message.split())} (--debug shows where)", is_ours
 
 
-def _name_options(message: str, arguments_class: type) -> str:
-    """The library's `names` of arguments as the `--names` of the script's options."""
+def name_options(message: str, arguments_class: type) -> str:
+    """A message with the library's `names` of arguments as the `--names` of the script's options."""
     names = {field.name for field in fields(arguments_class)}
     return re.sub(r"`(\w+)`", lambda match: f"--{match[1]}" if match[1] in names else match[0], message)
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Says of a model that cannot be loaded where it was looked for.
+
+    Raises:
+        FileNotFoundError: there is no folder `name`, and no repository of this name on the Hub that can be read.
+    """
+    try:
+        yield
+    except (OSError, HFValidationError) as error:
+        if Path(name).exists() or getattr(error, "errno", None) in FULL_DISK:
+            raise
+        offline = " The Hub is not asked, since HF_HUB_OFFLINE is set." if HF_HUB_OFFLINE else ""
+        raise FileNotFoundError(
+            f"there is no folder {name}, and no repository {name} on the Hub that can be read.{offline}"
+        ) from error
 
 
 def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = None) -> Arguments:
@@ -286,7 +390,7 @@ def parse_arguments(arguments_class: type[Arguments], argv: list[str] | None = N
     try:
         return arguments_class(**options)
     except ValueError as error:
-        parser.error(_name_options(str(error), arguments_class))
+        parser.error(name_options(str(error), arguments_class))
 
 
 def _read_options(path: str, arguments_class: type, parser: HfArgumentParser) -> dict[str, Any]:

@@ -17,6 +17,7 @@ A transformer and its tokenizer become a pipeline, one of them without the other
 """
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -73,6 +74,7 @@ class ConversionArguments:
 def main(args: ConversionArguments) -> None:
     if args.to_original:
         export_original(args.to_original, args.output_dir)
+        print(f"Saved to {args.output_dir}, in the official format of {args.to_original}.")
         return
     shared = dict(grid_size=args.grid_size or None, dtype=args.dtype and getattr(torch, args.dtype))
     tokenizer = dict(rqvae_config=args.rqvae_config, rqvae_use_ema=args.rqvae_use_ema)
@@ -106,7 +108,19 @@ def main(args: ConversionArguments) -> None:
             settings = {name: getattr(args, name) for name in SAMPLING}
             generation_config.update(**{name: value for name, value in settings.items() if value is not None})
         model.save_pretrained(folder, max_shard_size=args.max_shard_size)
-    print(f"{args.output_dir}: {type(model).__name__}")
+    print(f"Saved a {type(model).__name__} to {args.output_dir}. Next: {next_command(args)}")
+
+
+def next_command(args: ConversionArguments) -> str:
+    """What to do with the result, as a command."""
+    if args.transformer_checkpoint and args.rqvae_checkpoint:
+        words = ["generate.py", "--model", args.output_dir, "--output", "grid.png"]
+        words += ["--prompts", "a red car"] if args.prompt_vocab else []
+    elif args.transformer_checkpoint:
+        words = ["train.py", "--pretrained_transformer", args.output_dir, "--codes_dir", "codes", "--output_dir", "dnd"]
+    else:
+        words = ["extract_codes.py", "--dataset_name", "images", "--vqvae", args.output_dir, "--output_dir", "codes"]
+    return shlex.join(["python", f"examples/{words[0]}", *words[1:]])
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from dnd_hf import RQVAE
-from dnd_hf.arguments import ImageArguments, run_script
+from dnd_hf.arguments import ImageArguments, loading, run_script
 from dnd_hf.data.codes import MAX_VOCAB_SIZE, CodesWriter, ShardReader, codes_features
 from dnd_hf.data.images import (
     BrokenImageError,
@@ -51,6 +51,7 @@ from dnd_hf.data.images import (
     check_stride,
 )
 from dnd_hf.files import read_json
+from dnd_hf.messages import counted
 from dnd_hf.ops.number_checks import height_width
 from dnd_hf.processes import connected, end_processes
 from dnd_hf.training.settings import fingerprint, model_settings
@@ -197,8 +198,9 @@ def extract(args: ExtractionArguments, vae: RQVAE, dataset: ImageDataset | Image
         vae.save_pretrained(writer.path / "vqvae")
         writer.finish()
         print(
-            f"Saved the codes of {seen - num_broken:,} images to {args.output_dir}, {num_broken:,} broken ones left"
-            f" out. Next: python examples/train.py --codes_dir {shlex.quote(args.output_dir)} --output_dir dnd"
+            f"Saved the codes of {counted(seen - num_broken, 'image')} to {args.output_dir}; left out as broken:"
+            f" {num_broken:,}. Next: python examples/train.py --codes_dir {shlex.quote(args.output_dir)} --output_dir"
+            " dnd"
         )
 
 
@@ -206,7 +208,8 @@ def main(args: ExtractionArguments) -> None:
     # At the end processes wait for the slowest, longer than for a connection that is broken.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
     torch.backends.cudnn.allow_tf32 = False
-    vae = RQVAE.from_pretrained(args.vqvae).to(state.device).eval()
+    with loading(args.vqvae):
+        vae = RQVAE.from_pretrained(args.vqvae).to(state.device).eval()
     if vae.config.num_vq_embeddings > MAX_VOCAB_SIZE:
         raise ValueError(f"codes are stored in 16 bits; the codebook has {vae.config.num_vq_embeddings} entries.")
     size = height_width("sample_size", args.sample_size or vae.config.sample_size)

@@ -21,10 +21,11 @@ from PIL import Image
 from transformers.hf_argparser import HfArg
 
 from dnd_hf import DnDPipeline
-from dnd_hf.arguments import SamplingArguments, run_script
+from dnd_hf.arguments import SamplingArguments, loading, run_script
 from dnd_hf.bundled import checkpoint_path
 from dnd_hf.figures import save_image_grid
 from dnd_hf.generation.settings import SamplingSettings
+from dnd_hf.messages import counted
 
 
 @dataclass
@@ -74,7 +75,8 @@ def find_labels(pipe: DnDPipeline, labels: list[str]) -> list[int]:
 
 def main(args: GenerationArguments) -> None:
     device = args.device or torch.accelerator.current_accelerator() or "cpu"
-    pipe = DnDPipeline.from_pretrained(checkpoint_path(args.model), dtype=getattr(torch, args.dtype)).to(device)
+    with loading(args.model):
+        pipe = DnDPipeline.from_pretrained(checkpoint_path(args.model), dtype=getattr(torch, args.dtype)).to(device)
     kind = "prompt" if args.prompts else "class_labels"
     conditions = args.prompts or find_labels(pipe, args.labels)
     conditions = [condition for condition in conditions for _ in range(args.num_images_per_label)]
@@ -94,7 +96,8 @@ def main(args: GenerationArguments) -> None:
         for i, (condition, image) in enumerate(zip(conditions, images)):
             made_from = f"prompt{i // args.num_images_per_label}" if args.prompts else f"class{condition}"
             image.save(folder / f"{i:06d}_{made_from}_seed{args.seed + i}.png")
-    print(f"{len(images)} images in {seconds:.1f} s ({len(images) / seconds:.2f} images/s) on {device}: {args.output}")
+    rate = f"{seconds:.1f} s, {len(images) / seconds:.2f} images/s on {device}"
+    print(f"Saved {counted(len(images), 'image')} to {args.output} ({rate}).")
 
 
 if __name__ == "__main__":

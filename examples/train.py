@@ -38,7 +38,7 @@ from transformers.hf_argparser import HfArg
 from transformers.utils.logging import disable_progress_bar
 
 from dnd_hf import RQVAE, DnDPipeline
-from dnd_hf.arguments import RunArguments, run_script
+from dnd_hf.arguments import RunArguments, loading, run_script
 from dnd_hf.data.codes import CodesDataset, collate_codes
 from dnd_hf.data.images import check_stride, collate_images
 from dnd_hf.generation.settings import SamplingSettings
@@ -146,7 +146,8 @@ class DnDArguments(RunArguments):
         """The transformer to train: new, or `pretrained_transformer`."""
         architecture = ARCHITECTURES[self.architecture]
         if self.pretrained_transformer:
-            found = AutoConfig.from_pretrained(self.pretrained_transformer).model_type
+            with loading(self.pretrained_transformer):
+                found = AutoConfig.from_pretrained(self.pretrained_transformer).model_type
             if found != self.architecture:
                 raise ValueError(f"{self.pretrained_transformer} is of --architecture {found}.")
             model = architecture.model_class.from_pretrained(self.pretrained_transformer, dtype=torch.float32)
@@ -171,10 +172,11 @@ class DnDTraining(TrainingRun):
         disable_progress_bar()  # of loading and saving weights
         set_seed(args.seed)
         codes = CodesDataset(args.codes_dir) if args.codes_dir else None
-        vae = RQVAE.from_pretrained(args.vqvae or args.codes_dir, subfolder=None if args.vqvae else "vqvae")
+        with loading(args.vqvae or args.codes_dir):
+            vae = RQVAE.from_pretrained(args.vqvae or args.codes_dir, subfolder=None if args.vqvae else "vqvae")
         self.vae = vae.to(environment.accelerator.device).eval().requires_grad_(False)
         if codes is not None:
-            dataset, grid_size = codes, codes.shape[:2]
+            self.source, grid_size = codes, codes.shape[:2]
             train_set, self.validation_set = hold_out(
                 codes, args.num_validation_images, args.seed, group_size=codes.crops_per_image
             )
@@ -182,8 +184,8 @@ class DnDTraining(TrainingRun):
             size = height_width("sample_size", vae.config.sample_size)
             check_stride(size, vae.code_stride)
             grid_size = (size[0] // vae.code_stride[0], size[1] // vae.code_stride[1])
-            dataset, train_set, self.validation_set = load_training_images(args, size)
-        self.class_names = dataset.class_names
+            self.source, train_set, self.validation_set = load_training_images(args, size)
+        self.class_names = self.source.class_names
 
         transformer = args.make_transformer(vae, grid_size, self.class_names)
         transformer.generation_config.temperature = args.temperature
@@ -208,9 +210,10 @@ class DnDTraining(TrainingRun):
         )
 
     def facts(self) -> dict[str, Any]:
-        codes = {"codes": self.dataset.dataset.rows._fingerprint} if self.args.codes_dir else {}
+        source, has_codes = self.source, bool(self.args.codes_dir)
+        data = {"codes": source.rows._fingerprint} if has_codes else {"files_digest": source.files_digest}
         tokenizer = {"tokenizer": fingerprint(self.vae), "tokenizer_config": model_settings(self.vae)}
-        return super().facts() | {"class_names": self.class_names} | codes | tokenizer
+        return super().facts() | {"class_names": self.class_names} | data | tokenizer
 
     def codes_of(self, batch: dict[str, Tensor]) -> Tensor:
         """`(batch, height, width, depth)`: those of the batch, or of its images."""

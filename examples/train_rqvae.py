@@ -25,6 +25,7 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers.hf_argparser import HfArg
 
 from dnd_hf import RQVAE
-from dnd_hf.arguments import RunArguments, run_script
+from dnd_hf.arguments import RunArguments, loading, run_script
 from dnd_hf.data.images import check_stride, collate_images, to_images
 from dnd_hf.evaluation.code_usage import code_perplexity
 from dnd_hf.models.autoencoder_rqvae import RQVAEOutput
@@ -111,7 +112,8 @@ class RQVAEArguments(RunArguments):
     def make_vae(self) -> RQVAE:
         """The tokenizer to train: new, or `pretrained_vqvae`."""
         if self.pretrained_vqvae:
-            return RQVAE.from_pretrained(self.pretrained_vqvae)
+            with loading(self.pretrained_vqvae):
+                return RQVAE.from_pretrained(self.pretrained_vqvae)
         return RQVAE(
             sample_size=height_width("sample_size", self.sample_size),
             block_out_channels=tuple(self.block_out_channels),
@@ -181,7 +183,7 @@ class RQVAETraining(TrainingRun):
         if discriminator and min(size) < discriminator.min_size:
             raise ValueError(f"the discriminator needs images of at least {discriminator.min_size} pixels each way.")
         self.perceptual_loss = PerceptualLoss().to(accelerator.device) if args.lpips_weight else None
-        _, train_set, self.validation_set = load_training_images(args, size)
+        self.source, train_set, self.validation_set = load_training_images(args, size)
         first = [self.validation_set[i] for i in range(min(8, len(self.validation_set)))]
         self.preview = collate_images(first)["pixel_values"]
 
@@ -209,6 +211,9 @@ class RQVAETraining(TrainingRun):
             self.wrapped_discriminator, self.discriminator_optimizer = accelerator.prepare(
                 discriminator, self.make_optimizer(args, discriminator.parameters())
             )
+
+    def facts(self) -> dict[str, Any]:
+        return super().facts() | {"files_digest": self.source.files_digest}
 
     @staticmethod
     def make_optimizer(args: RQVAEArguments, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

@@ -9,9 +9,10 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from transformers.hf_argparser import HfArg
 
-from dnd_hf import DnDConfig
-from dnd_hf.arguments import run_script
+from dnd_hf import RQVAE, DnDConfig
+from dnd_hf.arguments import loading, parse_arguments, run_script
 
 
 @dataclass
@@ -67,6 +68,54 @@ def test_what_the_user_can_mend_is_one_line_and_an_exit_code(monkeypatch, capsys
     assert line.startswith("test_arguments.py: error: ") and message in line
 
 
+@dataclass
+class Base:
+    """How it is, and more. Much more."""
+
+    learning_rate: float = HfArg(default=0.5, help="Peak.")
+    seed: int = HfArg(default=0, help="Of all.")
+
+
+@dataclass
+class Derived(Base):
+    """Options of this script."""
+
+    npz: bool = HfArg(default=True, help="Write a file.")
+    flip: bool = HfArg(default=False, help="Mirror.")
+    model: str | None = HfArg(default=None, help="A folder.")
+
+
+def test_the_help_groups_options_by_what_they_are_for_and_tells_what_no_option_does(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit) as end:
+        parse_arguments(Derived, ["--help"])
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert end.value.code == 0 and __doc__ in lines
+    base, own = lines.index("How it is:"), lines.index("Options of this script:")
+    assert lines[base + 1 : own] == [
+        "--learning_rate FLOAT Peak. (default: 0.5)",
+        "--seed INT Of all. (default: 0)",
+        "",
+    ]
+    assert lines[own + 1 :] == [
+        "--npz [BOOL] Write a file. (default: True)",
+        "--no_npz The same as --npz false.",
+        "--flip [BOOL] Mirror.",
+        "--model TEXT A folder.",
+    ]
+    assert parse_arguments(Derived, ["--no-npz", "--learning-rate", "2"]) == Derived(2.0, npz=False)
+
+
+def test_a_model_that_is_nowhere_is_told_as_that_and_one_that_is_here_keeps_its_error(tmp_path):
+    with (
+        pytest.raises(FileNotFoundError, match="there is no folder nosuch, and no repository nosuch on the Hub"),
+        loading("nosuch"),
+    ):
+        RQVAE.from_pretrained("nosuch")
+    with pytest.raises(OSError, match=r"config\.json"), loading(str(tmp_path)):
+        RQVAE.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("options", "error"), [("--error bug", KeyError), ("--error library --vocab_size 0 --debug", ValueError)]
 )
@@ -76,8 +125,8 @@ def test_a_bug_and_debug_show_the_traceback(monkeypatch, options, error):
         run_script(main, Options)
 
 
-def run_two_processes(folder: Path, main: str) -> tuple[str, str]:
-    """All that two processes of one script write, and the line that is this project's."""
+def run_launched(folder: Path, main: str, launcher: list[str]) -> tuple[str, str]:
+    """All that the processes of one script write, and the line that is this project's."""
     program = f"""
         import os, time
         from dataclasses import dataclass
@@ -94,17 +143,29 @@ def run_two_processes(folder: Path, main: str) -> tuple[str, str]:
     """
     (folder / "script.py").write_text(dedent(program))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "script.py"]
+    command = [sys.executable, "-m", *launcher, "script.py"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     (line,) = (line for line in done.stderr.splitlines() if "script.py: error: " in line)
     return done.stderr, line
 
 
+TWO_PROCESSES = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
 def test_of_several_processes_the_main_one_says_what_is_wrong(tmp_path):
-    output, line = run_two_processes(tmp_path, "raise ValueError('`seed` must be odd.')")
+    output, line = run_launched(tmp_path, "raise ValueError('`seed` must be odd.')", TWO_PROCESSES)
     assert line == "script.py: error: --seed must be odd." and "exitcode  : 2" in output
 
 
 def test_a_process_that_fails_while_the_main_one_works_says_so_itself(tmp_path):
     fail = "time.sleep(60) if os.environ['RANK'] == '0' else int('x')"
-    assert "script.py: error: process 1: invalid literal for int()" in run_two_processes(tmp_path, fail)[1]
+    assert "script.py: error: process 1: invalid literal for int()" in run_launched(tmp_path, fail, TWO_PROCESSES)[1]
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_under_accelerate_the_line_says_whose_traceback_follows_and_how_to_leave_it_out(tmp_path, quiet):
+    launcher = ["accelerate.commands.launch", "--cpu", *(["--quiet"] if quiet else [])]
+    output, line = run_launched(tmp_path, "raise ValueError('`seed` must be odd.')", launcher)
+    note = " (The traceback below is that of accelerate; `accelerate launch --quiet` leaves it out.)"
+    assert line == "script.py: error: --seed must be odd." + note * (not quiet)
+    assert ("Traceback" in output) == (not quiet)

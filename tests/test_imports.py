@@ -17,7 +17,7 @@ ROOT = Path(dnd_hf.__file__).parent
 
 # What each room may import besides itself.
 BELOW_MODELS = {"files", "figures", "ops", "generation"}
-BELOW_JOBS = BELOW_MODELS | {"models", "pipelines", "bundled", "data", "arguments", "processes", "dnd_hf"}
+BELOW_JOBS = BELOW_MODELS | {"models", "pipelines", "bundled", "data", "arguments", "messages", "processes", "dnd_hf"}
 ALLOWED = {
     "files": set(),
     "figures": {"files"},
@@ -26,9 +26,10 @@ ALLOWED = {
     "models": BELOW_MODELS,
     "pipelines": BELOW_MODELS | {"models"},
     "bundled": set(),
+    "messages": set(),
     "processes": set(),
-    "data": {"files", "ops"},
-    "arguments": {"files", "figures", "data"},
+    "data": {"files", "messages", "ops"},
+    "arguments": {"files", "figures", "messages", "data"},
     "conversion": BELOW_JOBS,
     "training": BELOW_JOBS,
     "evaluation": BELOW_JOBS,

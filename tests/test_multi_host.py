@@ -1,7 +1,7 @@
 """Two hosts, as network namespaces joined by a cable: training, extraction and sampling follow one process.
 
-Each is started in a way of docs/training.md: by accelerate with multi_node.yaml, by torchrun, or by SLURM's srun, whose part
-is played here: it runs a task on each host, with its rank in the environment.
+Each is started in a way of docs/training.md: by accelerate with multi_node.yaml, by torchrun, or by SLURM's srun, whose
+part is played here: it runs a task on each host, with its rank in the environment.
 
 Needs root and iproute2: pytest -m slow tests/test_multi_host.py
 """

@@ -21,6 +21,8 @@ from pathlib import Path, PurePosixPath
 import datasets
 from datasets import ClassLabel, Dataset, Features, Value
 
+from ..messages import counted
+
 
 IMAGE_SUFFIXES = (
     *(".apng", ".avif", ".bmp", ".dib", ".gif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpf", ".jpg"),
@@ -115,7 +117,7 @@ def _find_splits(folder: Path) -> dict[str, tuple[Path, list[str]]]:
     files = list_files(folder)
     tops = sorted({_top(file) for file in files if is_image(file)})
     if not tops:
-        raise ValueError(f"{folder} has no images among its {len(files)} files ({count_kinds(files) or 'none'}).")
+        raise ValueError(f"{folder} has {counted(len(files), 'file')} ({count_kinds(files) or 'none'}), no images.")
     if not all(top.lower() in SPLIT_FOLDERS for top in tops):
         return {"train": (folder, files)}
     members = {top: [file.removeprefix(f"{top}/") for file in files if _top(file) == top] for top in tops}
@@ -151,7 +153,7 @@ def _rows_of_files(root: Path, files: list[str], class_names: list[str]) -> Data
         beside = [file for file in images if not _top(file)]
         if beside:
             raise ValueError(
-                f"{root} has {len(beside)} images beside its class folders, {beside[0]} for example: they have no"
+                f"{root} has {counted(len(beside), 'image')} beside its class folders, such as {beside[0]}, without a"
                 " class. Move them into a folder, or leave `label_column` empty for one class."
             )
         features["label"] = ClassLabel(names=class_names)

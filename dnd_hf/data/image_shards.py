@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from ..files import keep_settings, remove, write_json, write_text, written_whole
+from ..messages import counted
 
 
 logger = logging.getLogger(__name__)
@@ -199,8 +200,9 @@ class ImageShards:
         rate = made.images / (time.perf_counter() - start)
         total.add(made)
         self._finish(total)
-        print(f"{self.path}: {total.images} images, of which {made.images} were made at {rate:.1f} images/s")
-        print("by", num_processes, "processes; left out:", json.dumps(total.left_out) if total.left_out else "nothing")
+        print(f"{self.path}: {counted(total.images, 'image')}, {made.images:,} of them made now, {rate:.1f} images/s")
+        left_out = json.dumps(total.left_out) if total.left_out else "nothing"
+        print(f"by {counted(num_processes, 'process')}; left out: {left_out}")
         return total
 
     @staticmethod
@@ -232,7 +234,7 @@ class ImageShards:
 
 @dataclass
 class ShardArguments:
-    """Options that the scripts which make such folders share."""
+    """The folder of images, and how it is made. The scripts which make such folders share these options."""
 
     output_dir: str | None = HfArg(default=None, help="Folder of the images.")
     output_format: Literal["parquet", "imagefolder"] = HfArg(
@@ -246,9 +248,9 @@ class ShardArguments:
 
     def __post_init__(self):
         if self.output_dir is None:
-            raise ValueError("--output_dir is needed.")
+            raise ValueError("`output_dir` is needed.")
         if self.num_processes < 1:
-            raise ValueError(f"--num_processes must be positive, got {self.num_processes}.")
+            raise ValueError(f"`num_processes` must be positive, got {self.num_processes}.")
 
     def open_shards(self, maker: ImageMaker, **digests) -> ImageShards:
         """The folder of these options, and of digests of files that the images depend on."""

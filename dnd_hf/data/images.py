@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..messages import counted
 from ..ops.number_checks import height_width
 from .rgb import as_rgb, correct_transparency, parse_background
 
@@ -148,10 +149,13 @@ class TenCrop:
 
 
 class BrokenImageError(Exception):
-    """An image that cannot be decoded: its `index` in the source, its `name` if it is a file, and the `reason`."""
+    """An image that cannot be decoded: its `index` in the source, its `name` if it is a file, and the `reason`.
+
+    The message gives the name where there is one, since the index depends on how many images are drawn.
+    """
 
     def __init__(self, index: int, name: str | None, reason: str):
-        super().__init__(f"image {index}{f' ({name})' if name else ''} is broken: {reason}")
+        super().__init__(f"image {name or index} is broken: {reason}")
         self.index, self.name, self.reason = index, name, reason
 
 
@@ -188,8 +192,8 @@ class ImageSource:
     def description(self) -> str:
         """One line, for the start of a run: `801 images, 2 classes: ant, bee; files skipped: .svg 2, .txt 1`."""
         names = ", ".join(self.class_names[:MAX_NAMES]) + (", …" if len(self.class_names) > MAX_NAMES else "")
-        number = f"{len(self.source):,} images" if isinstance(self, ImageDataset) else "images as they arrive"
-        classes = f"{len(self.class_names):,} classes: {names}" if len(self.class_names) > 1 else "one class"
+        number = counted(len(self.source), "image") if isinstance(self, ImageDataset) else "images as they arrive"
+        classes = f"{counted(len(self.class_names), 'class')}: {names}" if len(self.class_names) > 1 else "one class"
         return f"{number}, {classes}" + (f"; files skipped: {self.skipped}" if self.skipped else "")
 
     def prepare(self, index: int, item: dict) -> dict:
@@ -304,8 +308,9 @@ def check_broken_share(num_broken: int, num_images: int, max_broken_share: float
     """Raises RuntimeError, with one broken image as an example, where too large a share of the images is broken."""
     if num_broken > max_broken_share * num_images:
         raise RuntimeError(
-            f"{num_broken} of {num_images} images are broken, more than `max_broken_share` {max_broken_share}"
-            f" allows; for example, {example}. Remove the broken files, or allow a larger share and resume."
+            f"{num_broken} of {counted(num_images, 'image')} cannot be decoded, more than `max_broken_share`"
+            f" {max_broken_share} allows; for example, {example}. Remove the broken files, or allow a larger share and"
+            " resume."
         )
 
 

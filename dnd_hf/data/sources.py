@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 
+from ..messages import counted
 from .folders import METADATA_FILES, count_kinds, is_image, list_files, read_image_folder
 from .images import ImageDataset, ImageStream, ImageTransform, TenCrop, WithMirrorImage
 from .rows import open_rows
@@ -75,7 +76,9 @@ def load_image_dataset(
     image_dataset = ImageStream if streaming else ImageDataset
     if num_images is not None:
         if num_images > len(source):
-            raise ValueError(f"{name} has {len(source)} images in {split!r}, fewer than the {num_images} asked for.")
+            raise ValueError(
+                f"{name} has {counted(len(source), 'image')} in {split!r}, fewer than the {num_images:,} asked for."
+            )
         source = source.shuffle(seed=seed).select(range(num_images))
     described = (class_names, image_column, label_column, labels, count_kinds(skipped), files_digest)
     return image_dataset(source, transform, *described)

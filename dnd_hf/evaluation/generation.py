@@ -37,7 +37,7 @@ SETTING_NAMES = ("guidance_scale", "guidance_schedule", "guidance_power")
 
 @dataclass
 class GenerationOptions(SamplesOptions, FeatureOptions):
-    """Options of the task."""
+    """Options of the task generation."""
 
     reference: str | None = option(
         None, "Reference batch of the ADM suite (.npz) for generation, in the place of --dataset_name."

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ..data.images import BrokenImageError, collate_images, to_pixels
 from ..data.rgb import as_rgb, correct_transparency
+from ..messages import counted
 
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -67,7 +68,9 @@ class SampleImages(Dataset):
         else:
             raise ValueError(f"{path} is neither a folder of images nor an .npz file.")
         if len(self.images) < (num_images or 1):
-            raise ValueError(f"{path} has {len(self.images)} images; there must be at least {num_images or 1}.")
+            raise ValueError(
+                f"{path} has {counted(len(self.images), 'image')}; there must be at least {num_images or 1}."
+            )
         self.images = self.images[:num_images]
         self.size = self._first_size()
 
@@ -133,7 +136,7 @@ def read_batches(
             read += len(items)
             progress.update(len(items))
     if not read:
-        raise ValueError(f"none of {len(dataset)} images can be read; for example, {failures[-1].reason}")
+        raise ValueError(f"none of {counted(len(dataset), 'image')} can be read; for example, {failures[-1].reason}")
 
 
 def to_levels(pixels: Tensor) -> Tensor:

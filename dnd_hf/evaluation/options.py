@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState
 
-from ..arguments import SamplingArguments
+from ..arguments import SamplingArguments, loading
 from ..bundled import checkpoint_path
 from ..data.images import ImageDataset, ImageTransform, check_stride
 from ..data.rgb import parse_background
@@ -193,7 +193,8 @@ class PipelineOptions(TaskOptions, SamplingArguments):
     def load_pipeline(self, name: str) -> DnDPipeline:
         """A pipeline on the device of this process."""
         dtypes = {"transformer": getattr(torch, self.dtype), "vqvae": getattr(torch, self.vqvae_dtype or self.dtype)}
-        pipeline = DnDPipeline.from_pretrained(checkpoint_path(name), dtype=dtypes)
+        with loading(name):
+            pipeline = DnDPipeline.from_pretrained(checkpoint_path(name), dtype=dtypes)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(self.run_device)
 

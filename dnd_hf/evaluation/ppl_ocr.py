@@ -15,7 +15,7 @@ from .reports import Report, write_json_lines
 
 @dataclass
 class PplOCROptions(SamplesOptions, OCROptions):
-    """Options of the task."""
+    """Options of the task ppl_ocr."""
 
     language_model: str = option(None, "Causal language model that ppl_ocr scores texts with.")
     gguf_file: str | None = option(None, "Name of a GGUF file in its folder or repository, to take instead.")

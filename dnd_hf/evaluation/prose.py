@@ -20,7 +20,7 @@ from .reports import Report, write_json_lines
 
 @dataclass
 class ProseOptions(SamplesOptions, OCROptions):
-    """Options of the task."""
+    """Options of the task prose."""
 
     training_text: str = option(None, "What prose compares with: .txt, .jsonl or .parquet files, column `text`.")
     temperatures: list[float] = option([], "Temperatures to compare; default: the one of the sampling options.")

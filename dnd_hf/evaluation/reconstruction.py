@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ReconstructionOptions(TokenizerOptions, FeatureOptions):
-    """Options of the task."""
+    """Options of the task reconstruction."""
 
     lpips: bool | None = option(None, "Measure LPIPS in reconstruction; default: where it can be loaded.")
     fid: bool | None = option(

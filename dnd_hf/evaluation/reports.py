@@ -14,6 +14,7 @@ import torch
 
 from ..figures import markdown_table
 from ..files import write_json, write_text
+from ..messages import counted
 from .images import Failure
 
 
@@ -67,7 +68,7 @@ class Report:
             lines += [f"## {heading}", "", markdown_table(rows), ""]
         for metric, reason in self.not_measured.items():
             lines += [f"Not measured: {metric}, because {reason}", ""]
-        lines += [f"{len(self.failures)} images were left out" + (":" if self.failures else "."), ""]
+        lines += [f"{counted(len(self.failures), 'image')} left out" + (":" if self.failures else "."), ""]
         if self.failures:
             lines += [markdown_table(self.failures[:100]), ""]
         if len(self.failures) > 100:

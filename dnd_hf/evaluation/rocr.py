@@ -26,7 +26,7 @@ OFFICIAL_MODEL = "Qwen/Qwen2-VL-72B-Instruct"
 
 @dataclass
 class ROCROptions(TokenizerOptions, OCROptions):
-    """Options of the task."""
+    """Options of the task rocr."""
 
     protocol: Literal["default", "official"] = option(
         "default",

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..arguments import loading
 from ..bundled import checkpoint_path
 from ..data.images import ImageDataset, to_images
 from ..figures import save_image_grid
@@ -22,10 +23,11 @@ class TokenizerOptions(RealImageOptions):
     def load_tokenizer(self, name: str) -> RQVAE:
         """A tokenizer, or that of a pipeline."""
         name = checkpoint_path(name)
-        try:
-            vae = RQVAE.from_pretrained(name, subfolder="vqvae")
-        except OSError:
-            vae = RQVAE.from_pretrained(name)
+        with loading(name):
+            try:
+                vae = RQVAE.from_pretrained(name, subfolder="vqvae")
+            except OSError:
+                vae = RQVAE.from_pretrained(name)
         return vae.to(self.run_device).eval()
 
     def open_tokenizers(self) -> Iterator[tuple[str, RQVAE, ImageDataset]]:

@@ -22,7 +22,7 @@ from .text_metrics import exact_match
 
 @dataclass
 class WordsOptions(PipelineOptions):
-    """Options of the task."""
+    """Options of the task words."""
 
     num_images_per_word: int = option(20, "Images that `words` generates of each word, at least 2.")
     ocr_threads: int = option(1, "CPU threads of rapidocr.")

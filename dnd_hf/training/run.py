@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
+from ..arguments import name_options
 from ..figures import plot_training_curves, save_image_grid
 from ..files import locked
 from ..processes import connected, end_processes
@@ -130,12 +131,11 @@ class TrainingRun(ABC):
         with locked(self.output_dir) if accelerator.is_main_process else nullcontext():
             if accelerator.is_main_process:
                 remove_unfinished(self.output_dir)
-                print(as_text(self.summary()), flush=True)
+                self._print(as_text(self.summary()))
             accelerator.wait_for_everyone()
             accelerator.init_trackers("dnd_hf", {name: str(value) for name, value in asdict(args).items()})
-            with StopRequest(accelerator) as stop, connected(self._advice):
+            with StopRequest(accelerator) as stop, connected(self._advice), self.progress:
                 self._run_steps(stop)
-            self.progress.close()
             self._export(self.output_dir)
             if accelerator.is_main_process:
                 write_model_card(args, self.environment.repo_id, accelerator, len(self.dataset))
@@ -144,6 +144,9 @@ class TrainingRun(ABC):
             print(f"Saved to {self.output_dir}. Next: {self.next_command()}")
         if self.environment.repo_id is not None:
             upload_run(self.output_dir, self.environment.repo_id)
+
+    def _print(self, message: str) -> None:
+        print(name_options(message, type(self.args)), flush=True)
 
     def summary(self) -> dict[str, str]:
         """What the run is about to do, by topic, for the console."""
@@ -200,9 +203,9 @@ class TrainingRun(ABC):
         self.progress.close()
         self._end()
         if self.accelerator.is_main_process:
-            print(
+            self._print(
                 f"Stopped by {signal.Signals(number).name} after step {step:,}; {self.output_dir}/checkpoint-{step} is"
-                " written. To resume, give the same command with --resume_from_checkpoint latest."
+                " written. To resume, give the same command with `resume_from_checkpoint` latest."
             )
         sys.exit(128 + number)
 

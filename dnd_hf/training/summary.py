@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..arguments import RunArguments
+from ..messages import counted
 from .environment import RunEnvironment
 
 
@@ -35,17 +36,17 @@ def run_summary(environment: RunEnvironment, args: RunArguments, model: nn.Modul
     precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     accumulated = args.gradient_accumulation_steps
     source = getattr(args, "codes_dir", None) or args.dataset_name
-    held_out = f"{args.num_validation_images:,} images held out"
+    held_out = f"{counted(args.num_validation_images, 'image')} held out"
     if args.num_validation_images > num_samples / 4:
-        held_out += ": a large share, fewer by --num_validation_images"
+        held_out += ": a large share; `num_validation_images` sets it"
     return {
         "model": f"{type(model).__name__}, {count:,} parameters"
         + (f", {trained:,} trained" if trained < count else ""),
-        "data": f"{source}: {num_samples:,} samples to train on, {held_out}",
+        "data": f"{source}: {counted(num_samples, 'sample')} to train on, {held_out}",
         "device": f"{_device(accelerator.device)}, {precision}",
-        "steps": f"{environment.first_step:,} to {args.max_train_steps:,}, {epochs:,.2f} epochs in all",
-        "batch": f"{samples_per_step:,} samples a step: {args.train_batch_size} x {accumulated} accumulated x"
-        f" {accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}",
+        "steps": f"{environment.first_step:,} to {args.max_train_steps:,}, epochs in all: {epochs:,.2f}",
+        "batch": f"{counted(samples_per_step, 'sample')} a step: {args.train_batch_size} x {accumulated} accumulated x"
+        f" {counted(accelerator.num_processes, 'process')}",
         "output": f"{args.output_dir}; checkpoints every {args.checkpointing_steps:,} steps, validation every"
         f" {args.validation_steps:,}",
     }
@@ -68,5 +69,4 @@ def metrics_text(metrics: Mapping[str, float]) -> str:
 def _device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"CPU, {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else device.type
+    return f"CPU, {counted(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else device.type

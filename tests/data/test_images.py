@@ -145,7 +145,7 @@ def test_a_broken_image_is_named_and_the_others_are_not_disturbed(folder):
     dataset = load_image_dataset(folder, ImageTransform(8))
     assert numbers_of(dataset[i] for i in range(12) if i not in (2, 3, 9)) == [0, 1, 4, 5, 6, 7, 8, 10, 11]
     for broken in (2, 3, 9):
-        with pytest.raises(BrokenImageError, match=f"image {broken} .*{broken:02d}.png.* is broken"):
+        with pytest.raises(BrokenImageError, match=f"image .*{broken:02d}.png is broken"):
             dataset[broken]
 
 
@@ -183,7 +183,7 @@ def test_samples_of_a_run_do_not_depend_on_where_it_meets_a_broken_image(folder)
 def test_workers_count_broken_images_together(folder, share, stops):
     loader = DataLoader(ReplaceBrokenImages(load_image_dataset(folder, ImageTransform(8)), share), num_workers=3)
     if stops:  # none of the workers meets all three
-        with pytest.raises(RuntimeError, match="3 of 12 images are broken, more than `max_broken_share`"):
+        with pytest.raises(RuntimeError, match="3 of 12 images cannot be decoded, more than `max_broken_share`"):
             list(loader)
     else:
         assert numbers_of(loader) == [0, 1, 4, 4, 4, 5, 6, 7, 8, 10, 10, 11]
@@ -192,7 +192,7 @@ def test_workers_count_broken_images_together(folder, share, stops):
 def test_a_part_is_judged_by_the_whole_data_set(folder):
     part = Subset(load_image_dataset(folder, ImageTransform(8)), [2, 0])
     assert numbers_of([ReplaceBrokenImages(part, 0.1, num_images=12)[0]]) == [0]
-    with pytest.raises(RuntimeError, match="1 of 2 images are broken"):
+    with pytest.raises(RuntimeError, match="1 of 2 images cannot be decoded"):
         ReplaceBrokenImages(part, 0.1)[0]
 
 

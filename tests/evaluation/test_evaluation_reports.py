@@ -16,7 +16,7 @@ def test_results_are_written_as_json_and_as_a_page_that_shows_the_images(tmp_pat
     assert "torch" in results["versions"] and results["machine"]["cpus"] > 0
     page = (tmp_path / "new" / "out" / "results.md").read_text().splitlines()
     assert page[:5] == ["# generation", "", "| model | fid |", "|---|---|", "| a\\|b | 2.5 |"]
-    assert "![The first samples](grid.png)" in page and "0 images were left out." in page
+    assert "![The first samples](grid.png)" in page and "0 images left out." in page
     assert '  "seed": 0' in page and not any("reference" in line for line in page)
 
 
@@ -27,7 +27,7 @@ def test_what_was_left_out_and_what_was_not_measured_is_said():
     page = report.markdown("rocr")
     assert "## Guidance\n\n| guidance_scale |\n|---|\n| 2 |" in page
     assert "Not measured: rfid, because no features\n" in page
-    assert "150 images were left out:" in page and page.count("it is torn") == 100
+    assert "150 images left out:" in page and page.count("it is torn") == 100
     assert "| a | 7 | open | it is torn |" in page and "... and 50 more, in results.json." in page
 
 

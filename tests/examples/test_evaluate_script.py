@@ -16,6 +16,7 @@ from dnd_hf.data.image_shards import Note
 from dnd_hf.data.text import TextImages
 from dnd_hf.data.words import WordImages
 from dnd_hf.evaluation import words
+from dnd_hf.messages import counted
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "evaluate.py"
@@ -57,7 +58,7 @@ def test_rocr_of_two_tokenizers_leaves_tables_texts_images_and_curves(evaluate, 
     ]
     # Random tokenizers leave nothing to read; at 16 pixels the engine reads most of the originals.
     assert rows[0]["rouge_l"] > 0.5 > rows[2]["rouge_l"] and rows[0] == {**rows[3], "model": "step-1"}
-    assert results["failures"] == [] and "0 images were left out." in markdown
+    assert results["failures"] == [] and "0 images left out." in markdown
     texts = [json.loads(line) for line in (tmp_path / "out" / "texts.jsonl").read_text().splitlines()]
     assert len(texts) == 20 and texts[0]["reference"] == "ALARM"
     for name in ("reconstructions-1.png", "reconstructions-2.png", "curves.png"):
@@ -164,7 +165,7 @@ def test_ppl_ocr_compares_samples_and_generated_with_real_images(evaluate, make_
     left_out = [(failure["model"], failure["index"]) for failure in results["failures"]]
     assert left_out[0] == ("samples", 3) and generated["model"] == "dnd"
     assert generated["num_images"] + len(left_out[1:]) == 4  # the engine may see a text in random images
-    assert f"{len(left_out)} images were left out:" in markdown and "no readable text" in markdown
+    assert f"{counted(len(left_out), 'image')} left out:" in markdown and "no readable text" in markdown
 
 
 def test_prose_compares_samples_and_each_temperature_with_the_training_text(evaluate, make_pipeline, tmp_path):

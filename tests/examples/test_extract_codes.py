@@ -206,7 +206,7 @@ def test_a_start_after_the_end_changes_nothing(folder, codes, capsys):
 
 
 def test_too_many_broken_pictures_stop_the_extraction_and_a_larger_share_lets_it_go_on(folder, codes):
-    with pytest.raises(RuntimeError, match=r"2 of 44 images are broken.*for example, image 20 \(.*20.png\)"):
+    with pytest.raises(RuntimeError, match=r"2 of 44 images cannot be decoded.*for example, image \S*/20.png is"):
         extract(folder, "strict", max_broken_share=0.04)
     assert not (folder / "strict" / "dataset_info.json").exists()
     assert rows(extract(folder, "strict")) == rows(codes)
@@ -236,7 +236,7 @@ def test_a_stream_gives_the_rows_of_the_same_data_whatever_was_there_before(fold
     for path in [*(folder / name).glob("data-00000-*"), *(folder / name).glob("data-00001-0000[12]*")]:
         path.unlink()
     (folder / name / "dataset_info.json").unlink()
-    with pytest.raises(RuntimeError, match="3 of 44 images are broken"):
+    with pytest.raises(RuntimeError, match="3 of 44 images cannot be decoded"):
         extract(folder, name, **stream, max_broken_share=0.06)
     assert rows(extract(folder, name, **stream)) == streamed
 
@@ -265,24 +265,34 @@ def test_two_rows_a_picture_are_the_picture_and_its_mirror_image(folder):
         ),
     ],
 )
-def test_training_reports_broken_pictures_and_stops_at_too_many(folder, monkeypatch, caplog, script, arguments, model):
+def test_training_reports_broken_pictures_stops_at_too_many_and_resumes_on_the_same_files(
+    folder, monkeypatch, caplog, script, arguments, model
+):
     monkeypatch.chdir(folder)
     names = runpy.run_path(str(REPOSITORY / "examples" / script))
     # 36 pictures to train on and 8 held out: one step and its validation meet all of them.
     words = f"{model} --dataset_name pictures --train_batch_size 36 --max_train_steps 1 --num_validation_images 8"
     words += " --lr_warmup_steps 0 --dataloader_num_workers 0 --output_dir"
 
-    def train(max_broken_share: float) -> None:
+    def train(max_broken_share: float, *more: str) -> None:
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
-        options = [*words.split(), f"{script}-{max_broken_share}", "--max_broken_share", str(max_broken_share)]
+        options = [*words.split(), f"{script}-{max_broken_share}", "--max_broken_share", str(max_broken_share), *more]
         names["main"](parse_arguments(names[arguments], options))
 
     train(0.1)
     reported = [record.getMessage() for record in caplog.records if "is broken" in record.getMessage()]
-    assert sorted(int(message.split()[1]) for message in reported) == list(BROKEN)
-    with pytest.raises(RuntimeError, match="1 of 44 images are broken"):
+    assert sorted(int(Path(message.split()[1]).stem) for message in reported) == list(BROKEN)
+    with pytest.raises(RuntimeError, match="1 of 44 images cannot be decoded"):
         train(0.0)
+
+    file = folder / "pictures" / "even" / "10.png"
+    file.rename(file.with_name("10b.png"))
+    try:
+        with pytest.raises(ValueError, match=r"other settings: files_digest was '\w+\.\.\.\w+' and is"):
+            train(0.1, "--resume_from_checkpoint", "latest")
+    finally:
+        file.with_name("10b.png").rename(file)
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,14 @@ def test_epochs_are_passes_over_the_data(tmp_path, epochs, steps):
 def test_the_console_says_what_the_run_does_what_it_measures_and_where_the_result_is(tmp_path, capsys):
     train(tmp_path)
     said = capsys.readouterr().out
-    for part in ("41 parameters", "7 samples", "CPU", "float32", "0 to 6, 3.43 epochs", "4 samples a step: 2 x 2"):
+    for part in (
+        "41 parameters",
+        "7 samples",
+        "CPU",
+        "float32",
+        "0 to 6, epochs in all: 3.43",
+        "4 samples a step: 2 x 2",
+    ):
         assert part in said
     assert "Validation after step 6: score 6\n" in said and f"Saved to {tmp_path}. Next: " in said
 
