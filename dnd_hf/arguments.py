@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -278,6 +279,8 @@ class _Parser(HfArgumentParser):
             description=about,
             formatter_class=partial(_HelpFormatter, max_help_position=34),
         )
+        for action in self._actions:
+            action.help = name_options(action.help or "", arguments_class)
 
     def _parse_dataclass_field(self, parser: "_Parser", field: Field) -> None:
         bases = reversed(self.dataclass_types[0].__mro__)
@@ -298,6 +301,8 @@ def run_script(main: Callable[[Arguments], None], arguments_class: type[Argument
     (a RuntimeError of this project, a full disk) one line and exit code 1. Other errors keep their traceback, and with
     `--debug` all do. Of several processes the main one prints; another one only where the main one keeps running.
     """
+    # diffusers passes huggingface_hub an argument that this one no longer knows.
+    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
     logging.basicConfig(format="%(message)s", handlers=[BesideProgressBars()])
     if "--debug" in sys.argv:
         main(parse_arguments(arguments_class))

@@ -91,7 +91,7 @@ def keep_settings(file: str | os.PathLike, settings: Mapping[str, Any], what: st
         return
     changes = "; ".join(changes_of(read_json(file), settings))
     if changes:
-        raise ValueError(f"{file.parent} holds {what}: {changes}.")
+        raise ValueError(f"{file.parent} holds {what}: {changes}. Give the same ones, or another folder.")
 
 
 def changes_of(earlier: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:

@@ -16,6 +16,12 @@ python examples/convert_checkpoint.py --to_original dnd-xxl --output_dir dnd-xxl
 A transformer and its tokenizer become a pipeline, one of them without the other the folder of a model.
 """
 
+import os
+
+
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
+    print("Loading the libraries ...", flush=True)
+
 import json
 import shlex
 from dataclasses import dataclass

@@ -17,6 +17,12 @@ accelerate launch examples/evaluate.py --task generation --model dnd --reference
     --output_dir runs/generation
 """
 
+import os
+
+
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
+    print("Loading the libraries ...", flush=True)
+
 from dataclasses import MISSING, dataclass, fields
 from typing import Literal
 

@@ -11,6 +11,12 @@ python examples/generate.py
 python examples/generate.py --model dnd-b --labels tench goldfish 207 --num_images_per_label 4 --guidance_scale 2
 """
 
+import os
+
+
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
+    print("Loading the libraries ...", flush=True)
+
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter

@@ -211,7 +211,7 @@ class DnDTraining(TrainingRun):
 
     def facts(self) -> dict[str, Any]:
         source, has_codes = self.source, bool(self.args.codes_dir)
-        data = {"codes": source.rows._fingerprint} if has_codes else {"files_digest": source.files_digest}
+        data = {"codes": source.rows._fingerprint} if has_codes else {"digest_of_file_names": source.files_digest}
         tokenizer = {"tokenizer": fingerprint(self.vae), "tokenizer_config": model_settings(self.vae)}
         return super().facts() | {"class_names": self.class_names} | data | tokenizer
 

@@ -213,7 +213,7 @@ class RQVAETraining(TrainingRun):
             )
 
     def facts(self) -> dict[str, Any]:
-        return super().facts() | {"files_digest": self.source.files_digest}
+        return super().facts() | {"digest_of_file_names": self.source.files_digest}
 
     @staticmethod
     def make_optimizer(args: RQVAEArguments, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

@@ -80,7 +80,7 @@ class Base:
 class Derived(Base):
     """Options of this script."""
 
-    npz: bool = HfArg(default=True, help="Write a file.")
+    npz: bool = HfArg(default=True, help="Write a file, without `flip`.")
     flip: bool = HfArg(default=False, help="Mirror.")
     model: str | None = HfArg(default=None, help="A folder.")
 
@@ -98,7 +98,7 @@ def test_the_help_groups_options_by_what_they_are_for_and_tells_what_no_option_d
         "",
     ]
     assert lines[own + 1 :] == [
-        "--npz [BOOL] Write a file. (default: True)",
+        "--npz [BOOL] Write a file, without --flip. (default: True)",
         "--no_npz The same as --npz false.",
         "--flip [BOOL] Mirror.",
         "--model TEXT A folder.",

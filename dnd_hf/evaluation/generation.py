@@ -40,7 +40,7 @@ class GenerationOptions(SamplesOptions, FeatureOptions):
     """Options of the task generation."""
 
     reference: str | None = option(
-        None, "Reference batch of the ADM suite (.npz) for generation, in the place of --dataset_name."
+        None, "Reference batch of the ADM suite (.npz) for generation, in the place of `dataset_name`."
     )
     npz: bool = option(True, "Also write the generated images as the .npz that the ADM suite takes.")
     search_scales: list[float] = option(

@@ -121,12 +121,14 @@ def read_batches(
 ) -> Iterator[tuple[list[int], Tensor, list[int]]]:
     """Indices, images `(n, 3, H, W)` in [-1, 1] and labels of each batch; broken images go to `failures`.
 
+    With a `description` there is a progress bar.
+
     Raises:
         ValueError: (after the last one) every image is broken.
     """
     read = 0
     loader = DataLoader(_OrReason(dataset), batch_size, num_workers=num_workers, collate_fn=list)
-    with tqdm(total=len(dataset), desc=description, unit=" images") as progress:
+    with tqdm(total=len(dataset), desc=description, unit=" images", disable=description is None) as progress:
         for items in loader:
             failures += [Failure(index, "open", item) for index, item in items if isinstance(item, str)]
             items = [(index, item) for index, item in items if not isinstance(item, str)]

@@ -26,7 +26,7 @@ class ProseOptions(SamplesOptions, OCROptions):
     temperatures: list[float] = option([], "Temperatures to compare; default: the one of the sampling options.")
     sequence_lengths: list[int] = option([5, 8], "Words of the sequences that are looked for in the training text.")
     font: str = option(
-        "DejaVuSansMono", "Monospaced face of the pages, which prose reads by their glyphs without --ocr."
+        "DejaVuSansMono", "Monospaced face of the pages, which prose reads by their glyphs without `ocr`."
     )
     font_size: int = option(13, "Its pixels an em.")
     cell_size: list[int] = option([16, 8], "Height and width of a letter's cell, which the letters fill.")

@@ -4,10 +4,12 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..figures import plot_codes, plot_curves
 from ..models.autoencoder_rqvae import RQVAE
@@ -30,7 +32,7 @@ class ReconstructionOptions(TokenizerOptions, FeatureOptions):
 
     lpips: bool | None = option(None, "Measure LPIPS in reconstruction; default: where it can be loaded.")
     fid: bool | None = option(
-        None, "Measure rFID in reconstruction; default: where the features can be loaded; with --feature_model always."
+        None, "Measure rFID in reconstruction; default: where the features can be loaded; with `feature_model` always."
     )
 
 
@@ -118,51 +120,56 @@ def evaluate_reconstruction(
         ValueError: a depth out of range, or no image can be read.
     """
     import_ssim()  # so that a missing package shows before the long work
-    depths = check_depths(vae, depths)
     code_depth, vocab_size = vae.config.code_depth, vae.config.num_vq_embeddings
     counts = torch.zeros(code_depth, vocab_size, dtype=torch.int64)
-    sums: dict[int, dict[str, float]] = {k: defaultdict(float) for k in depths}
-    originals, statistics = GaussianStatistics(), {k: GaussianStatistics() for k in depths}
+    originals = GaussianStatistics() if feature_extractor else None
+    qualities = {k: _Quality(perceptual_loss, feature_extractor) for k in check_depths(vae, depths)}
     failures: list[Failure] = []
-    num_images = 0
     for _, images, _ in read_batches(dataset, batch_size, failures, num_workers, "Reconstruction"):
         images = images.to(vae.device)
-        targets = to_levels(images)
-        num_images += len(images)
-        if feature_extractor:
-            originals.update(feature_extractor(targets)[0])
+        if feature_extractor and originals:
+            originals.update(feature_extractor(to_levels(images))[0])
         codes = vae.encode(images.to(vae.dtype)).codes
         for k in range(code_depth):
             counts[k] += codes[..., k].flatten().bincount(minlength=vocab_size).cpu()
-        for k in depths:
-            sample = vae.decode_codes(codes, depth=k).sample.float().clamp(-1, 1)
-            levels = to_levels(sample)
-            sums[k]["psnr"] += psnr(levels, targets).sum().item()
-            sums[k]["ssim"] += ssim(levels, targets).sum().item()
-            sums[k]["l2"] += F.mse_loss(sample, images).item() * len(images)
-            if perceptual_loss:
-                sums[k]["lpips"] += perceptual_loss(sample, images).item() * len(images)
-            if feature_extractor:
-                statistics[k].update(feature_extractor(levels)[0])
+        for k, quality in qualities.items():
+            quality.update(vae.decode_codes(codes, depth=k).sample.float().clamp(-1, 1), images)
 
-    rows = [
-        {
-            "depth": k,
-            **{name: sums[k][name] / num_images for name in ("psnr", "ssim", "l2")},
-            "lpips": sums[k]["lpips"] / num_images if perceptual_loss else None,
-            "rfid": frechet_distance(statistics[k], originals) if feature_extractor else None,
-            "icr": information_compression_ratio(vocab_size, k, vae.code_stride),
-        }
-        for k in depths
-    ]
-    codes = [
-        {"depth": k + 1, **code_statistics(counts[k], vae.quantizer.codebook(k).norm(dim=1))} for k in range(code_depth)
-    ]
+    ratio = partial(information_compression_ratio, vocab_size, stride=vae.code_stride)
+    norms = [vae.quantizer.codebook(k).norm(dim=1) for k in range(code_depth)]
     used = counts.sum(0) if vae.config.shared_codebook else counts
     return {
-        "num_images": num_images,
-        "rows": rows,
-        "codes": codes,
+        "num_images": len(dataset) - len(failures),
+        "rows": [{"depth": k, **quality.means(originals), "icr": ratio(k)} for k, quality in qualities.items()],
+        "codes": [{"depth": k + 1, **code_statistics(counts[k], norms[k])} for k in range(code_depth)],
         "usage": (used > 0).double().mean().item(),
         "failures": failures,
     }
+
+
+class _Quality:
+    """Metrics of reconstructions, summed batch by batch."""
+
+    def __init__(self, perceptual_loss: Callable | None, feature_extractor: Callable | None):
+        self.perceptual_loss, self.feature_extractor = perceptual_loss, feature_extractor
+        self.sums: dict[str, float] = defaultdict(float)
+        self.statistics, self.num_images = GaussianStatistics(), 0
+
+    def update(self, samples: Tensor, images: Tensor) -> None:
+        """Adds reconstructions `(n, 3, H, W)` of images, both in [-1, 1]."""
+        levels, targets = to_levels(samples), to_levels(images)
+        self.num_images += len(images)
+        self.sums["psnr"] += psnr(levels, targets).sum().item()
+        self.sums["ssim"] += ssim(levels, targets).sum().item()
+        self.sums["l2"] += F.mse_loss(samples, images).item() * len(images)
+        if self.perceptual_loss:
+            self.sums["lpips"] += self.perceptual_loss(samples, images).item() * len(images)
+        if self.feature_extractor:
+            self.statistics.update(self.feature_extractor(levels)[0])
+
+    def means(self, originals: GaussianStatistics | None) -> dict[str, float | None]:
+        """Each metric over all images, None where it is not measured; rFID against the originals' statistics."""
+        sums = {name: self.sums.get(name) for name in ("psnr", "ssim", "l2", "lpips")}
+        means = {name: None if total is None else total / self.num_images for name, total in sums.items()}
+        rfid = None if originals is None else frechet_distance(self.statistics, originals)
+        return means | {"rfid": rfid}

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from PIL import Image
 
 from ..data.images import to_images
 from ..figures import plot_curves
+from ..messages import counted
 from ..models.autoencoder_rqvae import RQVAE
 from .images import Failure, ImageItems, read_batches
 from .ocr import OCR_ENGINES, OCREngine, try_to_read
@@ -30,7 +32,7 @@ class ROCROptions(TokenizerOptions, OCROptions):
 
     protocol: Literal["default", "official"] = option(
         "default",
-        "For rocr. official: as the authors' code measures, with Qwen2-VL (72B, or another model as --ocr), its prompt,"
+        "For rocr. official: as the authors' code measures, with Qwen2-VL (72B, or another model as `ocr`), its prompt,"
         " and Rouge-L of stems. default: the engine and the prompt of your choice, Rouge-L of words.",
     )
 
@@ -112,29 +114,19 @@ def evaluate_rocr(
     """
     import_text_metrics()  # so that a missing package shows before the long work
     depths = check_depths(vae, depths)
-    versions = ["original"] + [f"depth_{k}" for k in depths]
+    versions = ["original", *(f"depth_{k}" for k in depths)]
     failures: list[Failure] = []
-    texts = []
+    texts: list[dict] = []
     for indices, images, labels in read_batches(dataset, batch_size, failures, num_workers, "rOCR"):
         codes = vae.encode(images.to(vae.device, vae.dtype)).codes
-        versions_of_batch = [to_images(images)] + [to_images(vae.decode_codes(codes, depth=k).sample) for k in depths]
-        for index, label, *images_of_index in zip(indices, labels, *versions_of_batch, strict=True):
-            text = {"index": index}
-            for version, image in zip(versions, images_of_index, strict=True):
-                text[version], reason = try_to_read(engine, image)
-                if reason:
-                    failures.append(Failure(index, f"OCR of {version}", reason))
-                    break
-            else:
-                known = text["original"] if label_texts is None else label_texts[label]
-                text["reference"] = " ".join(known.split())
-                if text["reference"]:
-                    texts.append(text)
-                else:
-                    failures.append(Failure(index, "reference", "there is no readable text"))
+        decoded = [to_images(vae.decode_codes(codes, depth=k).sample) for k in depths]
+        for index, label, *images_of_index in zip(indices, labels, to_images(images), *decoded, strict=True):
+            known = None if label_texts is None else label_texts[label]
+            text = _read_versions(engine, index, dict(zip(versions, images_of_index, strict=True)), known)
+            (failures if isinstance(text, Failure) else texts).append(text)
     if not texts:
         raise ValueError(
-            f"none of {len(dataset)} images can be compared; for example, {failures[-1].stage} of image"
+            f"none of {counted(len(dataset), 'image')} can be compared; for example, {failures[-1].stage} of image"
             f" {failures[-1].index}: {failures[-1].reason}"
         )
     references = [text["reference"] for text in texts]
@@ -145,3 +137,14 @@ def evaluate_rocr(
             metrics = compare_texts(predictions, references, use_stemmer)
             rows.append({"depth": depth, **metrics, "num_empty": predictions.count("")})
     return {"num_images": len(texts), "rows": rows, "texts": texts, "failures": failures}
+
+
+def _read_versions(engine: OCREngine, index: int, images: dict[str, Image.Image], known: str | None) -> dict | Failure:
+    """The text of each version of an image and the reference: `known`, or that of the original. Or why not."""
+    text: dict = {"index": index}
+    for version, image in images.items():
+        text[version], reason = try_to_read(engine, image)
+        if reason:
+            return Failure(index, f"OCR of {version}", reason)
+    text["reference"] = " ".join((text["original"] if known is None else known).split())
+    return text if text["reference"] else Failure(index, "reference", "there is no readable text")

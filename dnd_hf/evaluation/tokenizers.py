@@ -53,7 +53,7 @@ class TokenizerOptions(RealImageOptions):
 
         Returns its caption, by its name in `output_dir`.
         """
-        _, images, _ = next(read_batches(dataset, 8, [], description="Preview"))
+        _, images, _ = next(read_batches(dataset, 8, []))
         codes = vae.encode(images.to(vae.device)).codes
         depths = check_depths(vae, self.depths)
         decoded = [vae.decode_codes(codes, depth=k).sample.cpu() for k in depths]

@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..data.words import WORDS, WordImages, render_word
+from ..ops.number_checks import whole_number
 from .ocr import OCREngine, RapidOCR
 from .options import REAL_SEED, PipelineOptions, check_ranges, option
 from .reports import Report
@@ -113,13 +114,9 @@ def evaluate_words(
         ValueError: an argument outside its range.
         ImportError: matplotlib is not installed, or no `engine` is given and `rapidocr-onnxruntime` is not.
     """
-    for name, value, least in (
-        ("num_images_per_word", num_images_per_word, 2),
-        ("seed", seed, 0),
-        ("batch_size", batch_size, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}")
+    whole_number("num_images_per_word", num_images_per_word, 2)
+    whole_number("seed", seed, 0)
+    whole_number("batch_size", batch_size)
     engine = RapidOCR() if engine is None else engine
     render_word(WORDS[0], np.random.default_rng(seed))  # where the fonts are missing, fail before the long generation
     num_images = num_images_per_word * len(WORDS)
@@ -140,6 +137,7 @@ def evaluate_words(
     real_images, real_texts = _make_and_read(render, num_images, batch_size, engine, "Real words")
 
     accuracy, real_accuracy = exact_match(texts, words), exact_match(real_texts, words)
+    by_word = {word: exact_match(texts[i :: len(WORDS)], words[i :: len(WORDS)]) for i, word in enumerate(WORDS)}
     spread, real_spread = pixel_spread(images, labels), pixel_spread(real_images, labels)
     return {
         "num_images": num_images,
@@ -149,10 +147,7 @@ def evaluate_words(
         "spread": spread,
         "real_spread": real_spread,
         "spread_ratio": spread / real_spread,
-        "word_accuracy": {
-            word: exact_match(texts[label :: len(WORDS)], words[label :: len(WORDS)])
-            for label, word in enumerate(WORDS)
-        },
+        "word_accuracy": by_word,
     }
 
 

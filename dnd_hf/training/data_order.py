@@ -73,7 +73,9 @@ def hold_out(dataset: SizedDataset, num_items: int, seed: int, group_size: int =
     """
     groups = -(-num_items // group_size)
     if groups * group_size >= len(dataset):
-        raise ValueError(f"cannot hold {num_items} items out of a data set of {len(dataset)}.")
+        raise ValueError(
+            f"cannot hold {num_items} items out of a data set of {len(dataset)}; a smaller `num_validation_images` can."
+        )
     order = shuffled(len(dataset) // group_size, seed)
     items = (order[:, None] * group_size + torch.arange(group_size)).flatten().tolist()
     source = cast(Dataset, dataset)

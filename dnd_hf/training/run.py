@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any, NoReturn
 
 import numpy as np
@@ -86,14 +87,6 @@ class TrainingRun(ABC):
         dtypes = (torch.float32, torch.bfloat16) if accelerator.mixed_precision == "bf16" else (torch.float32,)
         self.peak_flops = peak_flops(accelerator.device, *dtypes) * accelerator.num_processes
         self.window = MetricsWindow()
-        self.progress = tqdm(
-            total=args.max_train_steps,
-            initial=self.first_step,
-            unit=" steps",
-            disable=not accelerator.is_main_process,
-            mininterval=0.1 if sys.stderr.isatty() else 10,
-            delay=1e-3,  # shown with the first step, below the summary
-        )
 
     @abstractmethod
     def train_step(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
@@ -134,7 +127,7 @@ class TrainingRun(ABC):
                 self._print(as_text(self.summary()))
             accelerator.wait_for_everyone()
             accelerator.init_trackers("dnd_hf", {name: str(value) for name, value in asdict(args).items()})
-            with StopRequest(accelerator) as stop, connected(self._advice), self.progress:
+            with StopRequest(accelerator) as stop, connected(self._advice):
                 self._run_steps(stop)
             self._export(self.output_dir)
             if accelerator.is_main_process:
@@ -174,7 +167,7 @@ class TrainingRun(ABC):
         if self._is_validation_missing():
             self._validate(step)
         self.window.restart()
-        with closing(self._batches()) as batches:  # which ends the workers
+        with self._progress_bar() as progress, closing(self._batches()) as batches:  # whose end is that of the workers
             for index, batch in enumerate(batches, start=step * args.gradient_accumulation_steps):
                 torch.manual_seed(mixed_seed(args.seed, index, self.accelerator.process_index))
                 self.window.add(self.train_step(batch, step))
@@ -183,15 +176,16 @@ class TrainingRun(ABC):
                 self.scheduler.step()
                 self.ema.step(self.model.parameters())
                 step += 1
-                self.progress.update()
+                progress.update()
                 finished, stopped = step == args.max_train_steps, stop.agreed(step)
                 checkpoint_due = step % args.checkpointing_steps == 0 or finished or stopped
                 if step % args.logging_steps == 0 or checkpoint_due:
-                    self._log(step)
+                    progress.set_postfix_str(self._log(step))
                 with self.window.paused():
                     if checkpoint_due:
                         self._save(step)
                     if stopped:
+                        progress.close()
                         self._leave(step, stopped)
                     if step % args.validation_steps == 0 or finished:
                         self._validate(step)
@@ -199,8 +193,16 @@ class TrainingRun(ABC):
     def _advice(self) -> str:
         return f"{self.last_good_checkpoint} Start all processes again, with `resume_from_checkpoint` latest."
 
+    def _progress_bar(self) -> tqdm:
+        return tqdm(
+            total=self.args.max_train_steps,
+            initial=self.first_step,
+            unit=" steps",
+            disable=not self.accelerator.is_main_process,
+            mininterval=0.1 if sys.stderr.isatty() else 10,
+        )
+
     def _leave(self, step: int, number: int) -> NoReturn:
-        self.progress.close()
         self._end()
         if self.accelerator.is_main_process:
             self._print(
@@ -280,9 +282,14 @@ class TrainingRun(ABC):
             worker_init_fn=ignore_stop_signals,
             pin_memory=torch.cuda.is_available(),
         )
-        yield from self.accelerator.prepare(loader)
+        try:
+            yield from self.accelerator.prepare(loader)
+        except Exception as error:
+            clear_frames(error.__traceback__)  # which keep the workers: they ignore the signal to end
+            raise
 
-    def _log(self, step: int) -> None:
+    def _log(self, step: int) -> str:
+        """Logs the metrics since the last time; returns what the progress bar shows of them."""
         means, passes, seconds = self.window.close(self.accelerator)
         broken = [name for name, value in means.items() if not math.isfinite(value)]
         if broken:
@@ -302,15 +309,15 @@ class TrainingRun(ABC):
             "mfu": flops / self.peak_flops,
             "peak_memory_gb": peak_memory(self.accelerator.device),
         }
-        self.progress.set_postfix_str(f"loss {means['loss']:.4f}, {rate:.1f} images/s")
         self.accelerator.log({f"train/{name}": value for name, value in means.items()}, step)
+        return f"loss {means['loss']:.4f}, {rate:.1f} images/s"
 
     def _validate(self, step: int) -> None:
         with self.averaged_model() as averaged, torch.no_grad(), torch.compiler.set_stance("force_eager"):
             metrics = self.validate(averaged, step)
         self.accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step)
         if self.accelerator.is_main_process:
-            self.progress.write(f"Validation after step {step:,}: {metrics_text(metrics)}")
+            tqdm.write(f"Validation after step {step:,}: {metrics_text(metrics)}")
             with suppress(ImportError):
                 lines = read_metrics(self.output_dir / "metrics.jsonl")
                 plot_training_curves(lines, self.output_dir / "training_curves.png")

@@ -63,7 +63,7 @@ def test_a_folder_without_subfolders_has_no_classes(tmp_path):
 
 def test_images_beside_class_folders_are_refused_unless_there_is_one_class(tmp_path):
     make(tmp_path, "a.png", "bus/b.png", "tram/c.png")
-    with pytest.raises(ValueError, match=r"1 images beside its class folders, a\.png for example"):
+    with pytest.raises(ValueError, match=r"1 image beside its class folders, such as a\.png, without a class"):
         read_image_folder(tmp_path)
     rows, _ = read_image_folder(tmp_path, with_classes=False)
     assert rows.column_names == ["image"] and len(rows) == 3

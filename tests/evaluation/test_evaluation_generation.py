@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from dnd_hf.evaluation.features import Features, frechet_distance, inception_score, precision_recall
 from dnd_hf.evaluation.generation import (
@@ -17,19 +16,6 @@ from dnd_hf.evaluation.generation import (
     read_reference_statistics,
 )
 from dnd_hf.evaluation.images import SampleImages
-
-
-@pytest.fixture
-def image_folder(tmp_path):
-    """Five random images, 6 x 4 pixels (width x height)."""
-    folder = tmp_path / "images"
-    (folder / "deeper").mkdir(parents=True)
-    levels = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), np.uint8)
-    names = ["0.png", "1.png", "2.png", "deeper/0.png", "deeper/1.png"]
-    for name, array in zip(names, levels):
-        Image.fromarray(array).save(folder / name)
-    (folder / "notes.txt").write_text("no image")
-    return folder, levels
 
 
 def corner(images: torch.Tensor) -> Features:

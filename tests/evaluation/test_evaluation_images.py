@@ -9,19 +9,6 @@ from dnd_hf.data.images import BrokenImageError
 from dnd_hf.evaluation.images import SampleImages, read_batches
 
 
-@pytest.fixture
-def image_folder(tmp_path):
-    """Five random images, 6 x 4 pixels (width x height)."""
-    folder = tmp_path / "images"
-    (folder / "deeper").mkdir(parents=True)
-    levels = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), np.uint8)
-    names = ["0.png", "1.png", "2.png", "deeper/0.png", "deeper/1.png"]
-    for name, array in zip(names, levels):
-        Image.fromarray(array).save(folder / name)
-    (folder / "notes.txt").write_text("no image")
-    return folder, levels
-
-
 def test_samples_are_read_from_a_folder_and_from_an_npz_alike(image_folder, tmp_path):
     folder, levels = image_folder
     np.savez(tmp_path / "a.npz", arr_0=levels)

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from known_answers import distance, engine_of
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
@@ -187,18 +188,6 @@ def test_pieces_of_text_are_joined_in_reading_order(boxes, text):
     assert join_lines(boxes, "abc"[: len(boxes)]) == text
 
 
-def engine_of(texts):
-    """Reads an image of level i as `texts[i]`, and fails where that is an exception."""
-
-    def engine(images):
-        read = [texts[image.getpixel((0, 0))[0]] for image in images]
-        if isinstance(read[0], Exception):
-            raise read[0]
-        return read
-
-    return engine
-
-
 def test_an_engine_that_fails_or_answers_twice_is_a_failure_of_that_image():
     image = Image.new("RGB", (2, 2))
     assert try_to_read(engine_of({0: " a\n b "}), image) == ("a b", None)
@@ -216,13 +205,3 @@ def test_without_the_program_tesseract_the_error_says_what_to_install(monkeypatc
 def test_a_name_that_is_no_engine_and_no_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"is no OCR engine of this package .rapidocr, rapidocr-line, tesseract."):
         load_ocr_engine(str(tmp_path))
-
-
-def distance(a, b) -> int:
-    """Levenshtein's, by its recurrence."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, start=1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, start=1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]

@@ -3,26 +3,10 @@
 import math
 
 import pytest
-import torch
+from known_answers import Levels
 
-from dnd_hf.data.images import BrokenImageError
 from dnd_hf.evaluation.perplexity import TextScore, shuffle_words
 from dnd_hf.evaluation.ppl_ocr import evaluate_ppl_ocr
-
-
-class Levels:
-    """Images of one level each, 0, 1, 2, ...; those of `broken` cannot be read."""
-
-    def __init__(self, count, broken=()):
-        self.count, self.broken = count, broken
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        if index in self.broken:
-            raise BrokenImageError(index, None, "it is torn")
-        return {"pixel_values": torch.full((3, 4, 4), index / 127.5 - 1), "label": 0}
 
 
 def in_order(text: str) -> TextScore:

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from known_answers import Levels, engine_of
 
-from dnd_hf.data.images import BrokenImageError
 from dnd_hf.evaluation import rocr
 from dnd_hf.evaluation.ocr import Tesseract
 from dnd_hf.evaluation.rocr import evaluate_rocr
@@ -23,33 +23,6 @@ class ToyTokenizer:
 
     def decode_codes(self, codes, depth):
         return SimpleNamespace(sample=codes if depth == 2 else torch.full_like(codes, 200 / 127.5 - 1))
-
-
-class Levels:
-    """Images of one level each, 0, 1, 2, ...; those of `broken` cannot be read. The label is the level."""
-
-    def __init__(self, count, broken=()):
-        self.count, self.broken = count, broken
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        if index in self.broken:
-            raise BrokenImageError(index, "file.png", "it is torn")
-        return {"pixel_values": torch.full((3, 4, 4), index / 127.5 - 1), "label": index}
-
-
-def engine_of(texts):
-    """Reads an image of level i as `texts[i]`, and fails where that is an exception."""
-
-    def engine(images):
-        read = [texts[image.getpixel((0, 0))[0]] for image in images]
-        if isinstance(read[0], Exception):
-            raise read[0]
-        return read
-
-    return engine
 
 
 def test_rocr_compares_each_depth_with_the_true_text_and_with_the_bound_of_the_engine():

@@ -89,19 +89,6 @@ def test_labels_that_cannot_be_balanced_are_refused(make_pipeline, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture
-def image_folder(tmp_path):
-    """Five random images, 6 x 4 pixels (width x height)."""
-    folder = tmp_path / "images"
-    (folder / "deeper").mkdir(parents=True)
-    levels = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), np.uint8)
-    names = ["0.png", "1.png", "2.png", "deeper/0.png", "deeper/1.png"]
-    for name, array in zip(names, levels):
-        Image.fromarray(array).save(folder / name)
-    (folder / "notes.txt").write_text("no image")
-    return folder, levels
-
-
 def test_the_npz_has_the_images_in_order_as_the_adm_suite_reads_them(image_folder, tmp_path):
     folder, levels = image_folder
     files = sorted(folder.rglob("*.png"))

@@ -120,9 +120,9 @@ def test_real_images_have_the_size_of_generated_ones_and_a_seed_of_their_own():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_images_per_word": 1}, "num_images_per_word is 1; it must be at least 2"),
-        ({"seed": -1}, "seed is -1; it must be at least 0"),
-        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"num_images_per_word": 1}, "`num_images_per_word` must be at least 2, got 1"),
+        ({"seed": -1}, "`seed` must be at least 0, got -1"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
     ],
 )
 def test_a_bad_argument_is_refused_before_anything_is_generated(arguments, message):

@@ -81,7 +81,7 @@ def test_rocr_knows_the_true_texts_of_a_folder_with_a_text_column(evaluate, toke
 
 def test_an_empty_folder_and_images_without_text_end_with_an_error(evaluate, tokenizers, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty has no images"):
+    with pytest.raises(ValueError, match=r"empty has 0 files \(none\), no images"):
         evaluate("--task reconstruction --model step-1 --dataset_name empty --lpips false --fid false")
     pytest.importorskip("rapidocr_onnxruntime")
     (tmp_path / "blank").mkdir()

@@ -225,7 +225,7 @@ def test_generate_names_the_option_of_labels_that_are_not_there(monkeypatch, cap
 def test_generate_makes_each_picture_from_its_own_seed(folder, pipeline):
     options = "--model dnd --labels ALARM 3 --num_images_per_label 2 --batch_size 3 --seed 5 --output out/grid.png"
     printed = launch(ALONE, "generate.py", f"{options} --single_files out/single", folder)
-    assert "4 images in" in printed and "out/grid.png" in printed
+    assert "Saved 4 images to out/grid.png (" in printed
     assert Image.open(folder / "out" / "grid.png").size == (2 * 64, 2 * 16)
     alone = DnDPipeline.from_pretrained(pipeline)(3, generator=[torch.Generator().manual_seed(8)]).images[0]
     file = folder / "out" / "single" / "000003_class3_seed8.png"

@@ -289,7 +289,7 @@ def test_training_reports_broken_pictures_stops_at_too_many_and_resumes_on_the_s
     file = folder / "pictures" / "even" / "10.png"
     file.rename(file.with_name("10b.png"))
     try:
-        with pytest.raises(ValueError, match=r"other settings: files_digest was '\w+\.\.\.\w+' and is"):
+        with pytest.raises(ValueError, match=r"other settings: digest_of_file_names was '\w+\.\.\.\w+' and is"):
             train(0.1, "--resume_from_checkpoint", "latest")
     finally:
         file.with_name("10b.png").rename(file)

@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,19 @@ def test_a_validation_that_fails_costs_no_step_and_is_made_up_for(tmp_path):
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines if "validation/score" in line] == [6]
     assert [line["step"] for line in lines if "train/loss" in line] == [2, 4, 6]
+
+
+def test_after_an_error_of_a_worker_no_worker_is_left_that_the_end_of_the_program_would_wait_for(tmp_path, monkeypatch):
+    def fail(dataset, index):
+        raise RuntimeError("every image is broken.")
+
+    monkeypatch.setattr(NoisyPoints, "__getitem__", fail)
+    with pytest.raises(RuntimeError, match="every image is broken") as caught:
+        train(tmp_path, dataloader_num_workers=1)
+    left = active_children()
+    for process in left:
+        process.kill()
+    assert caught.tb and left == []
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(2.0, 4), (0.1, 1)])
