@@ -138,7 +138,7 @@ def read_batches(
             read += len(items)
             progress.update(len(items))
     if not read:
-        raise ValueError(f"none of {counted(len(dataset), 'image')} can be read; for example, {failures[-1].reason}")
+        raise ValueError(f"none of {len(dataset):,} images can be read; for example, {failures[-1].reason}")
 
 
 def to_levels(pixels: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from PIL import Image
 
 from ..data.images import to_images
 from ..figures import plot_curves
-from ..messages import counted
 from ..models.autoencoder_rqvae import RQVAE
 from .images import Failure, ImageItems, read_batches
 from .ocr import OCR_ENGINES, OCREngine, try_to_read
@@ -123,10 +122,13 @@ def evaluate_rocr(
         for index, label, *images_of_index in zip(indices, labels, to_images(images), *decoded, strict=True):
             known = None if label_texts is None else label_texts[label]
             text = _read_versions(engine, index, dict(zip(versions, images_of_index, strict=True)), known)
-            (failures if isinstance(text, Failure) else texts).append(text)
+            if isinstance(text, Failure):
+                failures.append(text)
+            else:
+                texts.append(text)
     if not texts:
         raise ValueError(
-            f"none of {counted(len(dataset), 'image')} can be compared; for example, {failures[-1].stage} of image"
+            f"none of {len(dataset):,} images can be compared; for example, {failures[-1].stage} of image"
             f" {failures[-1].index}: {failures[-1].reason}"
         )
     references = [text["reference"] for text in texts]
