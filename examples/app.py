@@ -37,13 +37,19 @@ except ImportError as error:
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
+def offered_models() -> list[str]:
+    """The default of `models`; a Space, which has no command line, says it by its variable."""
+    return os.environ.get("DND_HF_MODELS", "").split() or bundled_names()
+
+
 @dataclass
 class AppArguments(Limits):
     """Options of this script; they can also be in a YAML file given as `--config`."""
 
     models: list[str] = HfArg(
-        default_factory=bundled_names,
-        help="What can be chosen: bundled models, pipeline folders, Hub ids; default: all bundled ones.",
+        default_factory=offered_models,
+        help="What can be chosen: bundled models, pipeline folders, Hub ids; default: those that the environment"
+        " variable DND_HF_MODELS names, with spaces between them, or all bundled ones.",
     )
     allow_other_models: bool = HfArg(
         default=False, help="Let the page load any Hub id that is typed in; not on a page that others can reach."
@@ -78,7 +84,7 @@ class AppArguments(Limits):
 def main(args: AppArguments) -> None:
     if args.export_space is not None:
         export_space(args.export_space)
-        print(f"Wrote the Space {args.export_space}: hf upload --repo-type space you/name {args.export_space}")
+        print(f"Wrote the Space {args.export_space}: hf upload you/name {args.export_space} --type space")
         return
     device = args.device or torch.accelerator.current_accelerator() or "cpu"
     models = Models(

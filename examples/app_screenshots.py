@@ -100,7 +100,9 @@ def save(page: Any, path: Path) -> None:
     page.wait_for_timeout(1000)  # transitions
     page.screenshot(path=path, full_page=True, animations="disabled")
     with Image.open(path) as image:
-        image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+        image.convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+            path, optimize=True
+        )
     print(f"{path}: {path.stat().st_size // 1000} kB")
 
 

@@ -14,6 +14,8 @@ from .uploads import guard_pillow
 
 STYLE = Path(__file__).with_name("page.css")
 TITLE = "<h1>dnd_hf</h1><p>Images from an autoregressive model of residual codes, several for each cell of a grid.</p>"
+FILES_KEPT = (3600, 3600)
+"""Seconds: how often files of images are looked through, and the age at which they are deleted."""
 
 
 def build_page(models: Models, limits: Limits, concurrency: int, max_queue: int) -> gr.Blocks:
@@ -25,7 +27,7 @@ def build_page(models: Models, limits: Limits, concurrency: int, max_queue: int)
     """
     guard_pillow(limits)
     heavy = dict(concurrency_id="model", concurrency_limit=concurrency, api_visibility="private")
-    with gr.Blocks(title="dnd_hf", analytics_enabled=False) as page:
+    with gr.Blocks(title="dnd_hf", analytics_enabled=False, delete_cache=FILES_KEPT) as page:
         gr.HTML(TITLE, elem_id="header", padding=False)
         with gr.Row(elem_id="columns"):
             with gr.Column(scale=2, min_width=300):

@@ -17,6 +17,7 @@ from PIL import Image
 gr = pytest.importorskip("gradio")
 from demo import actions, limits, models, space, uploads, views  # noqa: E402
 
+from dnd_hf.bundled import bundled_names  # noqa: E402
 from dnd_hf.data.images import to_images  # noqa: E402
 
 
@@ -298,6 +299,13 @@ def test_a_page_that_others_can_reach_loads_no_other_models(app, monkeypatch):
     for wrong in (dict(max_particles=0), dict(concurrency=0), dict(max_upload_megapixels=0)):
         with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must be positive"):
             app.AppArguments(**wrong)
+
+
+def test_the_offered_models_are_the_bundled_ones_or_those_of_the_environment(app, monkeypatch):
+    monkeypatch.delenv("DND_HF_MODELS", raising=False)
+    assert app.AppArguments().models == bundled_names()
+    monkeypatch.setenv("DND_HF_MODELS", " words  you/model ")
+    assert app.AppArguments().models == ["words", "you/model"]
 
 
 def test_an_exported_space_runs_by_itself_and_states_its_versions(tmp_path):

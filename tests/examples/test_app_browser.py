@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -188,6 +189,23 @@ def test_what_is_painted_over_is_filled_in_and_the_rest_stays(page, server):
     mask = Image.fromarray(hole)
     call = dict(generator=0, image=Image.fromarray(before.astype(np.uint8)), mask_image=mask, num_particles=4)
     np.testing.assert_array_equal(filled, expected_image(server.pipe, **call))
+
+
+def test_stop_ends_the_sampling_and_the_next_image_is_whole(page, server, monkeypatch):
+    decode_codes, frames = server.pipe.vqvae.decode_codes, []
+
+    def slowly(*args, **options):
+        frames.append(time.sleep(1))
+        return decode_codes(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server.pipe.vqvae, "decode_codes", slowly)
+        page.get_by_role("button", name="Generate", exact=True).click()
+        page.get_by_text("Row 1", exact=True).wait_for()
+        page.get_by_role("button", name="Stop").click()
+        page.wait_for_timeout(3000)
+        assert 1 <= len(frames) <= 3  # of nine: four rows, the image, and one for each depth
+    np.testing.assert_array_equal(generate(page)[-1], expected_image(server.pipe, generator=0))
 
 
 def test_another_model_empties_the_page_and_brings_its_own_controls(browser, make_pipeline, make_rq_pipeline, tmp_path):
