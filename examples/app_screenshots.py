@@ -36,8 +36,6 @@ SHOTS = (
 """Those of the documentation."""
 CELLS = ((5.5, 1.5), (10.5, 2.5))
 """(column, row) of the clicks, in cells of the bundled model."""
-COLOURS = 256
-"""Of a screenshot, so that its file is small."""
 
 
 @dataclass
@@ -94,15 +92,14 @@ TABS = {"generate": generate, "read": read, "fill": fill}  # the editor, a slow 
 
 
 def save(page: Any, path: Path) -> None:
-    """Writes the whole page, with few colours."""
+    """Writes the whole page, without an alpha channel."""
     page.mouse.move(0, 0)
     page.evaluate("window.scrollTo(0, 0)")
     page.wait_for_timeout(1000)  # transitions
     page.screenshot(path=path, full_page=True, animations="disabled")
     with Image.open(path) as image:
-        image.convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
-            path, optimize=True
-        )
+        true_colours = image.convert("RGB")
+    true_colours.save(path, optimize=True)
     print(f"{path}: {path.stat().st_size // 1000} kB")
 
 
