@@ -71,6 +71,8 @@ class ImageCodeModel(Protocol):
     """The linear layers that make logits, one for all depths or one for each."""
 
     training: bool
+    cpu_kernels: bool
+    """Whether packed layers use compiled kernels; the mixin's own says False."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """As in `nn.Module`."""

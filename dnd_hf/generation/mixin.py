@@ -41,6 +41,12 @@ class ImageGenerationMixin(InpaintingMixin, PackingMixin):
     """Set it to True, and `generate` on a CUDA device replays its steps as CUDA graphs. They are captured in the first
     call with a new batch size (rounded up to a power of two), temperature or filter and kept, cache included."""
 
+    cpu_kernels: bool = False
+    """Set it to True, and packed layers on a CPU use C++ for what stands between their products: less time, the same
+    codes in float32, other roundings in bfloat16. The C++ compiler of the machine builds it in the first call, in about
+    half a minute, and PyTorch keeps it for later processes. Without a compiler there is a warning, and all is as with
+    False."""
+
     _kept_loops: KeptLoops | None = None
     _window_rates: dict[int, WindowRates] | None = None
 

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.decoding_kernels import decoding_kernels
 from ..ops.packed_linear import ReleasedLinear
 from .decoders import ModelRunner, causal_mask, head_of_each_depth
-from .interface import ImageCodeModel, Layer, LayerStack
-from .packed_layers import KeysValues, PackedLayer
+from .interface import Decoder, ImageCodeModel, Layer, LayerStack
+from .kernel_layers import KernelDecoder
+from .packed_layers import KeysValues, PackedLayer, signed_rotary
 from .packed_weights import has_only_packable_weights, packed_weights, product_groups
 
 
@@ -40,17 +42,18 @@ def packed_runner(model: ImageCodeModel, rows: int, count: int = 1) -> ModelRunn
     """
     stacks = model.layer_stacks(model.device)
     products = iter(packed_weights(model).take(product_groups(model), keep=not model.training))
-    decoders = [
-        PackedDecoder(
-            stack,
-            [PackedLayer(layer, list(islice(products, 4))) for layer in stack.layers],
-            rows * count if index else rows,
-            model.dtype,
-        )
-        for index, stack in enumerate(stacks)
-    ]
+    kernels, decoders = decoding_kernels() if uses_kernels(model) else None, list[Decoder]()
+    for index, stack in enumerate(stacks):
+        layers = [PackedLayer(layer, list(islice(products, 4))) for layer in stack.layers]
+        of = stack, layers, rows * count if index else rows, model.dtype
+        decoders.append(PackedDecoder(*of) if kernels is None else KernelDecoder(*of, kernels))
     heads = head_of_each_depth(products, model.config.code_depth)
     return ModelRunner(decoders, heads, packed_context if torch.is_autocast_enabled("cpu") else torch.inference_mode)
+
+
+def uses_kernels(model: ImageCodeModel) -> bool:
+    """Whether the user asked for compiled kernels, and the weights are of one precision, as they need."""
+    return model.cpu_kernels and all(weight.dtype == model.dtype for weight in model.parameters())
 
 
 @contextmanager
@@ -70,11 +73,7 @@ class PackedDecoder:
         self.layers = layers
         self.caches = [KeysValues(rows, stack.num_key_value_heads, stack.head_dim, dtype) for _ in layers]
         self.masks, self.room = causal_mask(stack.length, torch.device("cpu"), dtype), 0
-        self.rotary: tuple[Tensor, Tensor] | None = None
-        if stack.rotary is not None:
-            cos, sin = (table[0, :, None] for table in stack.rotary)
-            left, right = sin.chunk(2, -1)
-            self.rotary = cos, torch.cat([-left, right], dim=-1)  # so that turning takes no negation
+        self.rotary = signed_rotary(stack)
 
     def at(self, position: int, count: int = 1) -> list[Layer]:
         end = position + count

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.packed_linear import PackedLinear
+from .interface import LayerStack
 
 
 class KeysValues:
@@ -51,10 +52,8 @@ class PackedLayer:
     def __init__(self, layer: Any, products: list[PackedLinear]):
         self.products = products
         qkv_proj, o_proj, first, down_proj = products
-        self.attention_norm, self.mlp_norm = (
-            packed_norm(layer.input_layernorm),
-            packed_norm(layer.post_attention_layernorm),
-        )
+        self.norms = layer.input_layernorm, layer.post_attention_layernorm
+        self.attention_norm, self.mlp_norm = map(packed_norm, self.norms)
         self.attention = PackedAttention(layer.self_attn, qkv_proj, o_proj)
         make_mlp = GatedMLP if hasattr(layer.mlp, "gate_proj") else PlainMLP
         self.mlp = make_mlp(layer.mlp.act_fn, first, down_proj)
@@ -134,6 +133,15 @@ class PlainMLP:
 
     def __call__(self, hidden_RTC: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.up_proj(hidden_RTC)))
+
+
+def signed_rotary(stack: LayerStack) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines of a stack, `(length, 1, head_dim)`; the first half of the sines is negated for turning."""
+    if stack.rotary is None:
+        return None
+    cos, sin = (table[0, :, None] for table in stack.rotary)
+    left, right = sin.chunk(2, -1)
+    return cos, torch.cat([-left, right], dim=-1)
 
 
 def packed_norm(norm: Any) -> Callable[[Tensor], Tensor]:

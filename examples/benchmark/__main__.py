@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from architectures import architectures
 from decode import decode, growth
+from memory import memory
 from official import Reference
 from options import BenchmarkArguments
 from quantizer import quantize
@@ -33,6 +34,7 @@ SUITES = {
     "extract": extract,
     "growth": growth,
     "architectures": architectures,
+    "memory": memory,
 }
 """Of each section, the function that yields its rows."""
 

@@ -68,7 +68,7 @@ def decode_rows(
     model.eval()
     sample_official = official_sampler(model.float(), reference, dtype) if reference else None
     model.to(dtype)
-    model.cuda_graphs = args.cuda_graphs and model.device.type == "cuda"
+    model.cuda_graphs, model.cpu_kernels = args.cuda_graphs and model.device.type == "cuda", args.cpu_kernels
     for batch in args.decode_batch_sizes:
         labels = torch.arange(batch, device=model.device) % 1000
         functions = {"ours": partial(model.generate, labels, generator=torch.Generator(model.device).manual_seed(0))}

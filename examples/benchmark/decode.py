@@ -32,7 +32,7 @@ def decode(
         precisions = (torch.float32, torch.bfloat16) if device.type == "cpu" else (dtype,)
         officials = {precision: reference.transformer(model).to(device, precision) for precision in precisions}
     model.to(dtype)
-    model.cuda_graphs = args.cuda_graphs and device.type == "cuda"
+    model.cuda_graphs, model.cpu_kernels = args.cuda_graphs and device.type == "cuda", args.cpu_kernels
     if args.torch_compile:
         model.compile_repeated_blocks()
     for batch in args.decode_batch_sizes:

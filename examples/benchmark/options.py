@@ -9,7 +9,7 @@ from transformers.hf_argparser import HfArg
 from dnd_hf.figures import import_figure
 
 
-SECTIONS = ("decode", "train", "quantize", "tokenize", "extract", "growth", "architectures")
+SECTIONS = ("decode", "train", "quantize", "tokenize", "extract", "growth", "architectures", "memory")
 
 
 @dataclass
@@ -32,6 +32,7 @@ class BenchmarkArguments:
         help="Compile training steps and tokenizers, ours and the official ones, and our layers in decoding.",
     )
     cuda_graphs: bool = HfArg(default=True, help="On GPUs: replay our decoding steps as CUDA graphs.")
+    cpu_kernels: bool = HfArg(default=False, help="On CPUs: compile C++ kernels for our decoding steps.")
     channels_last: bool = HfArg(default=False, help="Memory format of our tokenizer in tokenize.")
     size: Literal["B", "L", "XL", "XXL", "XXXL"] = HfArg(default="B", help="Transformer of decode and train.")
     code_depth: int = HfArg(default=2, help="Codes per position in decode, train and extract.")

@@ -1,0 +1,84 @@
+"""Packed blocks whose norms, attention and activation are compiled C++ (`model.cpu_kernels = True`)."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.packed_linear import PackedLinear
+from .interface import Layer, LayerStack
+from .packed_layers import GatedMLP, PackedLayer, signed_rotary
+
+
+class KernelDecoder:
+    """A [`Decoder`] of such blocks, with room for all positions from the start: what is not filled is never read.
+
+    Args:
+        kernels: what [`decoding_kernels`] gives.
+    """
+
+    def __init__(self, stack: LayerStack, layers: list[PackedLayer], rows: int, dtype: torch.dtype, kernels: Any):
+        self.layers = [KernelLayer(layer, kernels) for layer in layers]
+        self.caches = [KernelKeysValues(stack, rows, dtype, kernels.vector_width()) for _ in layers]
+        self.rotary = signed_rotary(stack)
+
+    def at(self, position: int, count: int = 1) -> list[Layer]:
+        rotary = None if self.rotary is None else tuple(table[position : position + count] for table in self.rotary)
+        options: dict[str, Any] = dict(position=position, rotary=rotary)
+        return [partial(layer, cache=cache, **options) for layer, cache in zip(self.layers, self.caches)]
+
+    def reorder(self, rows: Tensor) -> None:
+        for cache in self.caches:
+            cache.keys, cache.values = cache.keys[rows], cache.values[rows]
+
+
+class KernelKeysValues:
+    """Keys `(rows, heads, blocks, head_dim, W)` of W positions a block, so that W scores are one vector of the CPU, and
+    values `(rows, heads, positions, head_dim)`."""
+
+    def __init__(self, stack: LayerStack, rows: int, dtype: torch.dtype, width: int):
+        blocks, dim = -(-stack.length // width), stack.head_dim
+        self.keys = torch.empty(rows, stack.num_key_value_heads, blocks, dim, width, dtype=dtype)
+        self.values = torch.empty(rows, stack.num_key_value_heads, blocks * width, dim, dtype=dtype)
+
+
+class KernelLayer:
+    """What a [`PackedLayer`] computes, in four products and four kernels."""
+
+    def __init__(self, layer: PackedLayer, kernels: Any):
+        self.layer, self.kernels = layer, kernels
+        self.attention_norm, self.mlp_norm = KernelNorm(layer.norms[0], kernels), KernelNorm(layer.norms[1], kernels)
+        self.qkv_proj, self.o_proj, self.first, self.down_proj = layer.products
+        self.gated_by_silu = isinstance(layer.mlp, GatedMLP) and isinstance(layer.mlp.act_fn, nn.SiLU)
+
+    @property
+    def products(self) -> list[PackedLinear]:
+        """All matrix products with weights, in order."""
+        return self.layer.products
+
+    def __call__(
+        self, hidden_RTC: Tensor, cache: KernelKeysValues, position: int, rotary: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        attention, (rows, count, _) = self.layer.attention, hidden_RTC.shape
+        hidden_RTC, normed_RTC = self.attention_norm(hidden_RTC.contiguous(), None)
+        qkv = self.qkv_proj(normed_RTC).view(rows, count, -1, attention.head_dim)
+        cos, sin = rotary or (None, None)
+        attended_RTC = self.kernels.attend(qkv, cos, sin, cache.keys, cache.values, position, attention.scaling)
+        hidden_RTC, normed_RTC = self.mlp_norm(hidden_RTC, self.o_proj(attended_RTC))
+        if not self.gated_by_silu:
+            return hidden_RTC + self.layer.mlp(normed_RTC)
+        return hidden_RTC + self.down_proj(self.kernels.silu_mul(self.first(normed_RTC)))
+
+
+class KernelNorm:
+    """`hidden + branch` and the norm of it, RMS norm or layer norm."""
+
+    def __init__(self, norm: Any, kernels: Any):
+        self.kernels, self.weight, self.eps = kernels, norm.weight, norm.eps
+        self.bias: Tensor | None = None
+        if type(norm) is nn.LayerNorm:
+            self.bias = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
+
+    def __call__(self, hidden_RTC: Tensor, branch_RTC: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.kernels.add_norm(hidden_RTC, branch_RTC, self.weight, self.bias, self.eps)
