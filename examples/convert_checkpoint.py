@@ -31,6 +31,7 @@ from typing import Literal
 import torch
 from transformers.hf_argparser import HfArg
 
+from dnd_hf import DnDPipeline
 from dnd_hf.arguments import run_script
 from dnd_hf.conversion import convert_any_transformer, convert_pipeline, convert_rqvae, export_original
 from dnd_hf.files import new_folder
@@ -114,16 +115,17 @@ def main(args: ConversionArguments) -> None:
             settings = {name: getattr(args, name) for name in SAMPLING}
             generation_config.update(**{name: value for name, value in settings.items() if value is not None})
         model.save_pretrained(folder, max_shard_size=args.max_shard_size)
-    print(f"Saved a {type(model).__name__} to {args.output_dir}. Next: {next_command(args)}")
+    print(f"Saved a {type(model).__name__} to {args.output_dir}. Next: {next_command(args, model)}")
 
 
-def next_command(args: ConversionArguments) -> str:
+def next_command(args: ConversionArguments, model: torch.nn.Module | DnDPipeline) -> str:
     """What to do with the result, as a command."""
     if args.transformer_checkpoint and args.rqvae_checkpoint:
         words = ["generate.py", "--model", args.output_dir, "--output", "grid.png"]
         words += ["--prompts", "a red car"] if args.prompt_vocab else []
     elif args.transformer_checkpoint:
-        words = ["train.py", "--pretrained_transformer", args.output_dir, "--codes_dir", "codes", "--output_dir", "dnd"]
+        words = ["train.py", "--architecture", model.config.model_type, "--pretrained_transformer", args.output_dir]
+        words += ["--codes_dir", "codes", "--output_dir", "dnd"]
     else:
         words = ["extract_codes.py", "--dataset_name", "images", "--vqvae", args.output_dir, "--output_dir", "codes"]
     return shlex.join(["python", f"examples/{words[0]}", *words[1:]])

@@ -1,6 +1,8 @@
 """examples/convert_checkpoint.py: there and back from the command line."""
 
 import json
+import runpy
+import shlex
 import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -48,6 +50,26 @@ def test_the_script_makes_a_folder_of_one_model_alone(tmp_path):
     assert RQVAE.from_pretrained(tmp_path / "rqvae").config.code_depth == 2
     run_script("--transformer_checkpoint", PARITY / "transformer.pt", "--output_dir", tmp_path / "transformer")
     assert DnDForImageGeneration.from_pretrained(tmp_path / "transformer").dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("files", "script", "arguments"),
+    [
+        (["transformer", "rqvae"], "generate.py", "GenerationArguments"),
+        (["transformer"], "train.py", "DnDArguments"),
+        (["rqvae"], "extract_codes.py", "ExtractionArguments"),
+    ],
+)
+def test_the_command_that_it_names_for_the_result_is_one_that_the_other_script_takes(
+    tmp_path, capsys, monkeypatch, files, script, arguments
+):
+    monkeypatch.chdir(tmp_path)
+    checkpoints = [word for file in files for word in (f"--{file}_checkpoint", PARITY / f"{file}.pt")]
+    run_script(*checkpoints, "--output_dir", "the result")
+    python, path, *options = shlex.split(capsys.readouterr().out.rpartition("Next: ")[2])
+    assert (python, path) == ("python", f"examples/{script}")
+    parsed = parse_arguments(runpy.run_path(str(SCRIPT.with_name(script)))[arguments], options)
+    assert "the result" in vars(parsed).values()
 
 
 def test_the_script_ends_with_a_message_and_leaves_nothing_behind(tmp_path):
