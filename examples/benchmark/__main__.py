@@ -1,6 +1,7 @@
 """Times decoding, training, quantizing, tokenizing and extraction, beside the official code and beside the floor.
 
 python examples/benchmark --sections decode quantize --reference DnD-Transformer --output_dir benchmarks
+python examples/benchmark --sections trained --pipeline words --positions_per_pass 1 8 auto
 
 `--reference` is a checkout of github.com/chenllliang/DnD-Transformer, and `--rq_reference`, for the section
 architectures, one of github.com/kakaobrain/rq-vae-transformer; they are not part of this project and get the same
@@ -22,6 +23,7 @@ from quantizer import quantize
 from report import describe_machine, table, write_results
 from tokenizer import extract, tokenize
 from train_step import train
+from trained import trained
 
 from dnd_hf.arguments import run_script
 
@@ -35,6 +37,7 @@ SUITES = {
     "growth": growth,
     "architectures": architectures,
     "memory": memory,
+    "trained": trained,
 }
 """Of each section, the function that yields its rows."""
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from statistics import median
@@ -14,6 +15,7 @@ from timing import extra_memory, read_bandwidth, row, side_by_side, timed
 from torch import Tensor, nn
 
 from dnd_hf import DnDConfig, DnDForImageGeneration
+from dnd_hf.generation.loop import SamplingLoop
 from dnd_hf.generation.packed_decoder import packed_runner
 from dnd_hf.training.throughput import peak_flops
 
@@ -23,7 +25,8 @@ def decode(
 ) -> Iterator[dict]:
     """Sampling codes from labels, with guidance; the official code at the better of its two precisions on CPUs.
 
-    `more`: also the time of the first call and the memory, which take two calls.
+    A row for each of `positions_per_pass`. `more`: also the time of the first call, the memory, the passes and the time
+    to the codes of the first row of the grid, which take calls of their own.
     """
     dtype = getattr(torch, args.dtype)
     model = make_transformer(args, device, torch.float32)
@@ -37,10 +40,12 @@ def decode(
         model.compile_repeated_blocks()
     for batch in args.decode_batch_sizes:
         labels = torch.arange(batch, device=device) % model.config.num_classes
-        options = dict(guidance_scale=args.guidance_scale, generator=torch.Generator(device).manual_seed(0))
-        functions = {"ours": partial(model.generate, labels, **options)}
-        once = {"first_call_s": timed(functions["ours"], device)} if more else {}
+        options = dict(guidance_scale=args.guidance_scale, generator=0)
+        widths = {width: partial(model.generate, labels, positions_per_pass=width, **options) for width in args.widths}
+        first = next(iter(widths.values()))
+        once = {"first_call_s": timed(first, device)} if more else {}
         guided = 2 if args.guidance_scale != 1 else 1
+        functions = {str(width): function for width, function in widths.items()}
         functions |= decode_floors(model, guided * batch, args.repeats)
         for precision, official in officials.items():
             functions[str(precision)] = partial(
@@ -53,8 +58,37 @@ def decode(
             seconds["reference"] = min(times, key=median)
         what = f"{args.size}, depth {args.code_depth}, batch {batch}, guidance {args.guidance_scale:g}, {args.dtype}"
         if more:
-            once["memory_mb"] = extra_memory(functions["ours"], device)
-        yield row("decode", what, "images/s", batch, seconds, **once)
+            once["memory_mb"] = extra_memory(first, device)
+        ours = {width: seconds.pop(str(width)) for width in widths}
+        for width, generate in widths.items():
+            if more:
+                once |= passes_and_first_row(generate, model.config.grid_size[1], device)
+            several = f", {width} per pass" if width != 1 else ""
+            yield row("decode", what + several, "images/s", batch, {"ours": ours[width], **seconds}, **once)
+
+
+def passes_and_first_row(generate: Callable, columns: int, device: torch.device) -> dict[str, float]:
+    """How many passes a call makes, and seconds to the codes of the first row of the grid."""
+    with counted_passes() as passes:
+        generate()
+    first_row = partial(generate, callback=lambda cell, codes: cell == columns - 1)
+    return {"passes": len(passes), "first_row_s": timed(first_row, device)}
+
+
+@contextmanager
+def counted_passes() -> Iterator[list[int]]:
+    """A list that grows by the sampled positions of each pass of a model, in all calls meanwhile."""
+    passes, step = [], SamplingLoop.step
+
+    def counted_step(loop: SamplingLoop, cell: int, count: int = 1) -> None:
+        passes.append(count)
+        step(loop, cell, count)
+
+    SamplingLoop.step = counted_step
+    try:
+        yield passes
+    finally:
+        SamplingLoop.step = step
 
 
 def growth(args: BenchmarkArguments, device: torch.device, reference: Reference | None) -> Iterator[dict]:

@@ -9,14 +9,17 @@ from transformers.hf_argparser import HfArg
 from dnd_hf.figures import import_figure
 
 
-SECTIONS = ("decode", "train", "quantize", "tokenize", "extract", "growth", "architectures", "memory")
+SECTIONS = ("decode", "train", "quantize", "tokenize", "extract", "growth", "architectures", "memory", "trained")
 
 
 @dataclass
 class BenchmarkArguments:
     """Options of this script; they can also be in a YAML file given as `--config`."""
 
-    sections: list[str] = HfArg(default_factory=lambda: list(SECTIONS), help=f"What to time: {', '.join(SECTIONS)}.")
+    sections: list[str] = HfArg(
+        default_factory=lambda: list(SECTIONS[:-1]),
+        help=f"What to time: {', '.join(SECTIONS)}. Default: all but the last, which needs --pipeline.",
+    )
     reference: str | None = HfArg(
         default=None, help="Checkout of the official repository; without it, its columns stay out."
     )
@@ -39,6 +42,9 @@ class BenchmarkArguments:
     grid_size: int = HfArg(default=16, help="Rows, and columns, of decode and train.")
     guidance_scale: float = HfArg(default=2.0, help="Of decode.")
     decode_batch_sizes: list[int] = HfArg(default_factory=lambda: [1, 8], help="Images decoded at once.")
+    positions_per_pass: list[str] = HfArg(
+        default_factory=lambda: ["1"], help="Of decode and trained, a row for each: numbers, or auto."
+    )
     train_batch_size: int = HfArg(default=8, help="Images of a training step.")
     quantizer_depth: int = HfArg(default=8, help="Codes per position in quantize, of 16,384.")
     quantizer_batch_size: int = HfArg(default=8, help="Images of 16 x 16 positions in quantize.")
@@ -50,11 +56,35 @@ class BenchmarkArguments:
     growth_depths: list[int] = HfArg(default_factory=lambda: [1, 2, 4, 8], help="Of growth, at batch 1.")
     architecture_depths: list[int] = HfArg(default_factory=lambda: [2, 4, 8], help="Of architectures.")
 
+    pipeline: str | None = HfArg(
+        default=None, help="Of trained: a pipeline (a folder, or `words`: the bundled one) that makes the images."
+    )
+    trained_images: int = HfArg(default=16, help="Of trained: images, made one by one.")
+    trained_temperature: float | None = HfArg(default=None, help="Of trained; default: the pipeline's own.")
+    trained_guidance_scale: float | None = HfArg(default=None, help="Of trained; default: the pipeline's own.")
+    training_text: str | None = HfArg(
+        default=None,
+        help="Of trained, for pages of monospaced text: .txt, .jsonl or .parquet files; the share of words in it.",
+    )
+
+    @property
+    def widths(self) -> list[int | str]:
+        """`positions_per_pass` as `generate` takes them."""
+        return [width if width == "auto" else int(width) for width in self.positions_per_pass]
+
     def __post_init__(self):
         unknown = set(self.sections) - set(SECTIONS)
         if unknown:
             raise ValueError(f"`sections` must be of {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}.")
-        for name in ("repeats", "code_depth", "grid_size", "train_batch_size", "quantizer_depth", "extract_images"):
+        for name in (
+            "repeats",
+            "code_depth",
+            "grid_size",
+            "train_batch_size",
+            "quantizer_depth",
+            "extract_images",
+            "trained_images",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
         for name in (
@@ -67,6 +97,10 @@ class BenchmarkArguments:
         ):
             if not getattr(self, name) or min(getattr(self, name)) < 1:
                 raise ValueError(f"`{name}` must be positive numbers, got {getattr(self, name)}.")
+        if not self.positions_per_pass or not all(w == "auto" or w.isdecimal() for w in self.positions_per_pass):
+            raise ValueError(f"`positions_per_pass` must be numbers or auto, got {self.positions_per_pass}.")
+        if "trained" in self.sections and self.pipeline is None:
+            raise ValueError("`pipeline` is needed for the section trained.")
         if "growth" in self.sections and self.output_dir:
             import_figure()
         if self.reference is not None and not Path(self.reference, "src", "dnd_transformer").is_dir():

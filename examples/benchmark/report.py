@@ -10,7 +10,19 @@ from dnd_hf.figures import import_figure, markdown_table
 from dnd_hf.files import write_json, write_text
 
 
-COLUMNS = ("section", "what", "unit", "ours", "spread", "reference", "ratio", "times_floor", "times_packed_floor")
+COLUMNS = (
+    "section",
+    "what",
+    "unit",
+    "ours",
+    "spread",
+    "reference",
+    "ratio",
+    "times_floor",
+    "times_packed_floor",
+    "passes",
+    "first_row_s",
+)
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:

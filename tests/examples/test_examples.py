@@ -255,6 +255,15 @@ def test_bad_arguments_end_with_a_message_before_any_work(monkeypatch, capsys, s
     assert message in capsys.readouterr().err
 
 
+def test_benchmark_samples_from_a_trained_pipeline_with_equal_codes_for_every_number_of_positions(folder):
+    options = "--sections trained --pipeline words --positions_per_pass 1 16 --trained_images 1 --output_dir trained"
+    launch(ALONE, "benchmark", options, folder)
+    one, several = json.loads((folder / "trained" / "benchmark.json").read_text())["rows"]
+    assert one["passes"] == 64 and several["passes"] < 40
+    assert one["different"] == several["different"] == 0
+    assert min(one["ours"], several["ours"], several["first_row_s"], several["times_packed_floor"]) > 0
+
+
 def test_benchmark_times_every_section_and_knows_its_floor(folder):
     options = (
         "--grid_size 2 --decode_batch_sizes 1 --train_batch_size 1 --quantizer_depth 2 --quantizer_batch_size 1"
@@ -268,7 +277,7 @@ def test_benchmark_times_every_section_and_knows_its_floor(folder):
     ]  # fmt: skip
     assert all(line["ours"] > 0 and "reference" not in line for line in rows)
     assert rows[0]["times_floor"] > 0 and rows[0]["times_packed_floor"] > 0 and rows[1]["mfu"] > 0
-    assert rows[0]["first_call_s"] > 0
+    assert rows[0]["first_call_s"] > 0 and rows[0]["passes"] == 4 and rows[0]["first_row_s"] > 0
     assert 0 < rows[6]["grey_levels"] < 255
     grown = [(line["against"], line["value"]) for line in rows[-8:-4]]
     assert grown == [("batch", 2), ("grid", 1), ("grid", 3), ("depth", 4)]
