@@ -48,7 +48,7 @@ class ImageGenerationMixin(InpaintingMixin, PackingMixin):
     False."""
 
     _kept_loops: KeptLoops | None = None
-    _window_rates: dict[int, WindowRates] | None = None
+    _window_rates: dict[tuple[int, int], WindowRates] | None = None
 
     def generate(
         self,
@@ -103,9 +103,9 @@ class ImageGenerationMixin(InpaintingMixin, PackingMixin):
                 ([`several_cells_a_pass`]). Products of other shapes round in another way, as with another batch size:
                 where a random number lies on the border between two codes, the other code may be drawn. In float32 that
                 is rare (no code in 200 images of the bundled model), in half precision it is common. `"auto"` is 1
-                except for one image of a float32 model on a CPU; there it tries several where the time of passes says
-                that they pay, and an image loses at most 3 % by that. On a GPU each pass of several waits for a small
-                read of the device; with `cuda_graphs` the passes of a number are captured like those of 1.
+                except for one or two images of a float32 model on a CPU; there it tries several where the time of
+                passes says that they pay, and an image loses at most 3 % by that. On a GPU each pass of several waits
+                for a small read of the device; with `cuda_graphs` the passes of a number are captured like those of 1.
 
         Returns:
             `(batch, height, width, depth)` int64 in `[0, vocab_size)`.
@@ -266,7 +266,7 @@ class ImageGenerationMixin(InpaintingMixin, PackingMixin):
             cells_a_pass = automatic_positions_per_pass(rows, batch, len(whole_L), self.dtype, packed)
             if cells_a_pass > 1:
                 self._window_rates = self._window_rates or {}
-                rates = self._window_rates.setdefault(rows, WindowRates())
+                rates = self._window_rates.setdefault((batch, rows), WindowRates())
         runner = packed_runner(self, rows, cells_a_pass) if packed else plain_runner(self, rows, device, cells_a_pass)
         loop = SamplingLoop(self, runner, batch, settings, device)
         return loop, several_cells_a_pass(loop, whole_L, cells_a_pass, rates)

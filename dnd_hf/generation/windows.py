@@ -155,10 +155,11 @@ class AutomaticWindows:
 
 
 def automatic_positions_per_pass(rows: int, batch: int, length: int, dtype: torch.dtype, packed: bool) -> int:
-    """The most positions of a pass for which `"auto"` may expect a gain; 1 except for one image with packed layers.
+    """The most positions of a pass for which `"auto"` may expect a gain.
 
-    In half precision it is 1, because the rounding of other products would decide between codes. With more images
-    fewer rows are nearly free, and the image with the worst guess decides how far the window goes on.
+    It is 1 except for one or two images with packed layers. In half precision it is 1, because the rounding of other
+    products would decide between codes. With more images fewer rows are nearly free, and the image with the worst guess
+    decides how far the window goes on.
     """
     exact = dtype in (torch.float32, torch.float64)
-    return ROWS_AT_ONCE // rows if packed and exact and batch == 1 and length >= SHORTEST_GRID else 1
+    return ROWS_AT_ONCE // rows if packed and exact and batch <= 2 and length >= SHORTEST_GRID else 1

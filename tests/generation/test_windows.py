@@ -192,7 +192,8 @@ def test_auto_is_one_where_codes_could_change_or_nothing_is_gained():
     sizes = dict(rows=2, batch=1, length=64, dtype=torch.float32, packed=True)
     assert automatic_positions_per_pass(**sizes) == 8
     assert automatic_positions_per_pass(**{**sizes, "rows": 1}) == 16
-    for change in (dict(batch=2, rows=4), dict(length=63), dict(dtype=torch.bfloat16), dict(packed=False)):
+    assert automatic_positions_per_pass(**{**sizes, "batch": 2, "rows": 4}) == 4
+    for change in (dict(batch=3, rows=6), dict(length=63), dict(dtype=torch.bfloat16), dict(packed=False)):
         assert automatic_positions_per_pass(**{**sizes, **change}) == 1
 
 
