@@ -8,9 +8,11 @@ least one cell final, and only the sequential codes are a fixed point.
 """
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import inf
+from statistics import median
 
 import torch
 
@@ -28,8 +30,12 @@ STRETCHES = 8
 """Parts of the grid, of equal length, for which `"auto"` decides one by one."""
 SINGLE_PASSES = 4
 """Passes of one cell that are timed before the first of several."""
+TIMED_PASSES = 64
+"""How many passes of each kind are remembered, the last ones."""
 FIRST_COST = 1.5
 """What a pass of several cells is taken to take, in passes of one, before two have been timed."""
+LEARNING = 0.25
+"""The weight of the last image in the rate of a stretch."""
 FORGETTING = 1.01
 """By how much a rate is taken to be higher, and a cost lower, with each image that does not measure it again."""
 
@@ -87,17 +93,20 @@ class WindowRates:
 
     rates: list[float] = field(default_factory=lambda: [inf] * STRETCHES)
     """Cells that such a pass made final, for each stretch of the grid; infinite where none was made."""
+    single_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=TIMED_PASSES))
+    window_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=TIMED_PASSES))
+    """What the last passes of one cell, and of several, took, without the first of these: it may prepare kernels."""
+    prepared: bool = False
+    """Whether there was that first one."""
     cost: float = FIRST_COST
-    """What such a pass takes, in passes of one cell."""
-    single_seconds: float = inf
-    """What a pass of one cell took when `cost` was measured; infinite: it was not."""
+    """What a pass of several cells takes, in passes of one."""
 
 
 class AutomaticWindows:
     """Where one image takes passes of several cells: in stretches of the grid where they made more cells final than
     they took passes of one. A stretch that was never tried, or long ago, counts as one of these.
 
-    The fastest pass of each kind counts, in CPU time of the calling thread, whatever else the machine is busy with.
+    Passes are compared by the medians of their CPU time in the calling thread, whatever else the machine is busy with.
 
     Args:
         model: what earlier images have told; this one adds to it.
@@ -108,9 +117,6 @@ class AutomaticWindows:
 
     def __init__(self, model: WindowRates, length: int, budget: float):
         self.model, self.length, self.budget = model, length, budget
-        self.measured = model.single_seconds < inf
-        self.single_seconds: list[float] = []
-        self.window_seconds: list[float] = []
         self.passes = self.final = 0
         """Passes of several cells, and how many they have made final."""
         self.stretch, self.several, self.before = -1, False, (0, 0)
@@ -121,31 +127,31 @@ class AutomaticWindows:
         if stretch != self.stretch:
             self.leave_stretch()
             self.stretch, self.before = stretch, (self.passes, self.final)
-            self.several = self.measured or len(self.single_seconds) >= SINGLE_PASSES
-            self.several = self.several and model.rates[stretch] > model.cost
+            self.several = len(model.single_seconds) >= SINGLE_PASSES and model.rates[stretch] > model.cost
             if not self.several:
                 model.rates[stretch] *= FORGETTING
         return self.several and (self.passes + 1) * model.cost - (self.final + 1) <= self.budget
 
     def count(self, seconds: float, cells: int, several: bool, full: bool = True) -> None:
         """Counts a pass that has sampled so many cells for good; `full`: it was as wide as others."""
+        model = self.model
         if not several:
-            self.single_seconds.append(seconds)
+            model.single_seconds.append(seconds)
             return
         self.passes += 1
         self.final += cells
-        if full:
-            self.window_seconds.append(seconds)
-        if len(self.window_seconds) > (not self.measured):  # the first of a model prepares kernels
-            single_seconds = min(self.single_seconds, default=self.model.single_seconds)
-            self.model.cost, self.model.single_seconds = min(self.window_seconds) / single_seconds, single_seconds
+        if full and model.prepared:
+            model.window_seconds.append(seconds)
+            model.cost = median(model.window_seconds) / median(model.single_seconds)
+        model.prepared = True
 
     def leave_stretch(self) -> None:
         """Takes over what the passes of the stretch have brought."""
         passes, final = self.before
         if self.passes > passes:
             rates, rate = self.model.rates, (self.final - final) / (self.passes - passes)
-            rates[self.stretch] = rate if rates[self.stretch] == inf else (rates[self.stretch] + rate) / 2
+            before = rates[self.stretch]
+            rates[self.stretch] = rate if before == inf else before + (rate - before) * LEARNING
 
     def end(self) -> None:
         """The image is complete. A cost that was not measured again may have been that of another moment."""
