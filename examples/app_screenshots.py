@@ -92,14 +92,14 @@ TABS = {"generate": generate, "read": read, "fill": fill}  # the editor, a slow 
 
 
 def save(page: Any, path: Path) -> None:
-    """Writes the whole page, without an alpha channel."""
+    """Writes the whole page in 256 colours, so that the file is small."""
     page.mouse.move(0, 0)
     page.evaluate("window.scrollTo(0, 0)")
     page.wait_for_timeout(1000)  # transitions
     page.screenshot(path=path, full_page=True, animations="disabled")
     with Image.open(path) as image:
-        true_colours = image.convert("RGB")
-    true_colours.save(path, optimize=True)
+        few = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
+    few.save(path, optimize=True)
     print(f"{path}: {path.stat().st_size // 1000} kB")
 
 
