@@ -125,7 +125,9 @@ class ImageArguments:
         if self.dataloader_num_workers < 0:
             raise ValueError(f"--dataloader_num_workers must not be negative, got {self.dataloader_num_workers}.")
 
-    def load_images(self, transform: ImageTransform | WithMirrorImage | TenCrop) -> ImageDataset | ImageStream:
+    def load_images(
+        self, transform: ImageTransform | WithMirrorImage | TenCrop, caption_column: str | None = None
+    ) -> ImageDataset | ImageStream:
         """The data set these arguments name, which is described on the console; see [`load_image_dataset`]."""
         if self.dataset_name is None:
             raise ValueError("--dataset_name is needed: `words`, a data set on the Hub, or a folder.")
@@ -139,6 +141,7 @@ class ImageArguments:
             self.num_train_images,
             self.seed,
             self.streaming,
+            caption_column,
         )
         if PartialState().is_main_process:
             print(f"{self.dataset_name}: {dataset.description}")

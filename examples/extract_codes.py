@@ -32,14 +32,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import disable_progress_bars
-from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from dnd_hf import RQVAE
 from dnd_hf.arguments import ImageArguments, loading, run_script
-from dnd_hf.data.codes import MAX_VOCAB_SIZE, CodesWriter, ShardReader, codes_features
+from dnd_hf.data.codes import MAX_VOCAB_SIZE, CodesWriter, Rows, ShardReader, codes_features
 from dnd_hf.data.images import (
     BrokenImageError,
     ImageDataset,
@@ -86,6 +85,7 @@ class ExtractionArguments(ImageArguments):
 
     vqvae: str | None = HfArg(default=None, help="The tokenizer: a folder or a Hub id.")
     output_dir: str | None = HfArg(default=None, help="Folder of the codes and a copy of the tokenizer.")
+    caption_column: str | None = HfArg(default=None, help="Column of texts that describe the images, which are kept.")
     sample_size: list[int] | None = HfArg(default=None, help="Height and width in pixels; default: the tokenizer's.")
     ten_crop: bool = HfArg(
         default=False, help="Ten rows for each image: four corners, the center, and their mirror images; not for text."
@@ -132,12 +132,13 @@ class ExtractionArguments(ImageArguments):
 
 
 @torch.inference_mode()
-def encode(vae: RQVAE, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, labels and image indices of a batch; several crops of an image become several rows."""
+def encode(vae: RQVAE, batch: dict) -> Rows:
+    """Codes, labels, image indices and perhaps captions of a batch; several crops of an image become several rows."""
     pixels, labels, image_index = batch["pixel_values"], batch["labels"], batch["image_index"]
     crops = pixels.shape[1] if pixels.ndim == 5 else 1
     codes = vae.encode(pixels.view(-1, *pixels.shape[-3:]).to(vae.device, non_blocking=True)).codes
-    return codes.int().cpu(), labels.repeat_interleave(crops), image_index.repeat_interleave(crops)
+    rows = codes.int().cpu(), labels.repeat_interleave(crops), image_index.repeat_interleave(crops)
+    return *rows, *([[text for text in batch["captions"] for _ in range(crops)]] if "captions" in batch else [])
 
 
 def check_broken(shards: dict, num_images: int, max_broken_share: float) -> tuple[int, int]:
@@ -214,7 +215,7 @@ def main(args: ExtractionArguments) -> None:
         raise ValueError(f"codes are stored in 16 bits; the codebook has {vae.config.num_vq_embeddings} entries.")
     size = height_width("sample_size", args.sample_size or vae.config.sample_size)
     check_stride(size, vae.code_stride)
-    dataset = args.load_images(args.transform(size))
+    dataset = args.load_images(args.transform(size), args.caption_column)
 
     shape = (size[0] // vae.code_stride[0], size[1] // vae.code_stride[1], vae.config.code_depth)
     settings = {name: getattr(args, name) for name in DATA_OPTIONS} | {
@@ -226,6 +227,8 @@ def main(args: ExtractionArguments) -> None:
         "vqvae": fingerprint(vae),
         "vqvae_config": model_settings(vae),
     }
+    if args.caption_column is not None:
+        settings["caption_column"] = args.caption_column
     record = Path(args.output_dir, "extraction.json")
     for name, what in (("vqvae_config", "the tokenizer's configuration"), ("files_digest", "the names of the files")):
         if record.is_file() and name not in read_json(record):
@@ -234,7 +237,8 @@ def main(args: ExtractionArguments) -> None:
                 print(f"{record} does not record {what}: not compared.")
     with connected(lambda: "What is written stays: start all processes again with the same command."):
         with state.main_process_first():
-            writer = CodesWriter(args.output_dir, codes_features(shape, dataset.class_names), settings)
+            features = codes_features(shape, dataset.class_names, args.caption_column is not None)
+            writer = CodesWriter(args.output_dir, features, settings)
         if writer.is_complete:
             if state.is_main_process:
                 print(f"{args.output_dir} is complete already.")

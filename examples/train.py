@@ -14,6 +14,9 @@ python examples/train.py --dataset_name words --vqvae rqvae-words --hidden_size 
 python examples/train.py --architecture rq_transformer --size 480M --dataset_name imagefolder --vqvae rqvae \
     --soft_code_temperature 0.5 --output_dir rq-transformer
 
+python examples/train.py --architecture rq_transformer --dataset_name words --vqvae rqvae-words --caption_column text \
+    --text_tokenizer tokenizer --output_dir text-to-words
+
 The result, `output_dir`, is a whole pipeline: `DnDPipeline.from_pretrained(output_dir)`.
 """
 
@@ -24,6 +27,7 @@ if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
     print("Loading the libraries ...", flush=True)
 
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -41,10 +45,14 @@ from dnd_hf import RQVAE, DnDPipeline
 from dnd_hf.arguments import RunArguments, loading, run_script
 from dnd_hf.data.codes import CodesDataset, collate_codes
 from dnd_hf.data.images import check_stride, collate_images
+from dnd_hf.files import changes_of, write_text
 from dnd_hf.generation.settings import SamplingSettings
+from dnd_hf.models.modeling_dnd import DnDOutput
+from dnd_hf.models.modeling_rq_transformer import RQTransformerOutput
 from dnd_hf.ops.number_checks import height_width
 from dnd_hf.training.architectures import ARCHITECTURES
-from dnd_hf.training.data_order import hold_out
+from dnd_hf.training.captions import CollateCaptions, PromptTokenizer
+from dnd_hf.training.data_order import SizedDataset, hold_out
 from dnd_hf.training.environment import RunEnvironment
 from dnd_hf.training.images import load_training_images
 from dnd_hf.training.optimization import weight_decay_groups
@@ -63,6 +71,17 @@ class DnDArguments(RunArguments):
 
     codes_dir: str | None = HfArg(default=None, help="Folder of extract_codes.py; otherwise give --dataset_name.")
     vqvae: str | None = HfArg(default=None, help="The tokenizer for --dataset_name: a folder or a Hub id.")
+    caption_column: str | None = HfArg(
+        default=None, help="With --dataset_name: column of texts that describe the images, for --text_tokenizer."
+    )
+    text_tokenizer: str | None = HfArg(
+        default=None,
+        help="Learn to make images from their captions, in the place of labels: a tokenizer of texts (folder or Hub"
+        " id), which is saved with the pipeline; for --architecture rq_transformer.",
+    )
+    prompt_length: int | None = HfArg(
+        default=None, help="Tokens that captions are padded or cut to; default: the tokenizer's model_max_length."
+    )
     pretrained_transformer: str | None = HfArg(
         default=None, help="Fine-tune this transformer (folder or Hub id); its shape replaces the options of the model."
     )
@@ -118,6 +137,12 @@ class DnDArguments(RunArguments):
             raise ValueError("give either --codes_dir or --dataset_name.")
         if (self.codes_dir is None) == (self.vqvae is None):
             raise ValueError("--vqvae goes with --dataset_name; a codes folder has its own tokenizer.")
+        if self.text_tokenizer is not None and self.architecture != "rq_transformer":
+            raise ValueError("--text_tokenizer goes with --architecture rq_transformer; DnD models have class labels.")
+        if self.text_tokenizer is None and (self.caption_column is not None or self.prompt_length is not None):
+            raise ValueError("--caption_column and --prompt_length go with --text_tokenizer.")
+        if self.text_tokenizer is not None and (self.caption_column is None) == (self.codes_dir is None):
+            raise ValueError("--text_tokenizer needs --caption_column, or a --codes_dir, which has its own captions.")
         if self.temperature <= 0:
             raise ValueError(f"--temperature must be positive, got {self.temperature}.")
         if self.num_samples < 1:
@@ -142,8 +167,8 @@ class DnDArguments(RunArguments):
             if name in architecture.options and getattr(self, name) is None:
                 setattr(self, name, architecture.options[name])
 
-    def make_transformer(self, vae: RQVAE, grid_size: tuple[int, int], class_names: list[str]) -> PreTrainedModel:
-        """The transformer to train: new, or `pretrained_transformer`."""
+    def make_transformer(self, vae: RQVAE, **data: Any) -> PreTrainedModel:
+        """The transformer to train: new, or `pretrained_transformer`; `data`: what its configuration has to say."""
         architecture = ARCHITECTURES[self.architecture]
         if self.pretrained_transformer:
             with loading(self.pretrained_transformer):
@@ -151,15 +176,13 @@ class DnDArguments(RunArguments):
             if found != self.architecture:
                 raise ValueError(f"{self.pretrained_transformer} is of --architecture {found}.")
             model = architecture.model_class.from_pretrained(self.pretrained_transformer, dtype=torch.float32)
-            if tuple(model.config.grid_size) != grid_size or model.config.num_classes != len(class_names):
-                raise ValueError(
-                    f"the data has a grid of {grid_size} and {len(class_names)} classes; {self.pretrained_transformer}"
-                    f" was made for {tuple(model.config.grid_size)} and {model.config.num_classes}."
-                )
+            expected = {name: value for name, value in data.items() if name != "id2label"}
+            found = {name: getattr(model.config, name, None) for name in expected}
+            if different := changes_of(found, expected):
+                raise ValueError(f"{self.pretrained_transformer} was made for other data: {'; '.join(different)} here.")
             return model
-        names = dict(num_classes=len(class_names), id2label=dict(enumerate(class_names)))
         options = {name: getattr(self, name) for name in architecture.options}
-        return architecture.make(self.size, options, vae, grid_size=grid_size, **names)
+        return architecture.make(self.size, options, vae, **data)
 
 
 class DnDTraining(TrainingRun):
@@ -171,23 +194,20 @@ class DnDTraining(TrainingRun):
         environment = RunEnvironment(args)
         disable_progress_bar()  # of loading and saving weights
         set_seed(args.seed)
-        codes = CodesDataset(args.codes_dir) if args.codes_dir else None
         with loading(args.vqvae or args.codes_dir):
             vae = RQVAE.from_pretrained(args.vqvae or args.codes_dir, subfolder=None if args.vqvae else "vqvae")
         self.vae = vae.to(environment.accelerator.device).eval().requires_grad_(False)
-        if codes is not None:
-            self.source, grid_size = codes, codes.shape[:2]
-            train_set, self.validation_set = hold_out(
-                codes, args.num_validation_images, args.seed, group_size=codes.crops_per_image
-            )
-        else:
-            size = height_width("sample_size", vae.config.sample_size)
-            check_stride(size, vae.code_stride)
-            grid_size = (size[0] // vae.code_stride[0], size[1] // vae.code_stride[1])
-            self.source, train_set, self.validation_set = load_training_images(args, size)
-        self.class_names = self.source.class_names
+        train_set, self.validation_set, grid_size = self._load_data(args)
+        collate: Callable[[list[dict]], dict[str, Any]] = collate_codes if args.codes_dir else collate_images
+        data = dict(num_classes=len(self.class_names), id2label=dict(enumerate(self.class_names)))
+        self.prompts = None
+        if args.text_tokenizer is not None:
+            with loading(args.text_tokenizer):
+                self.prompts = PromptTokenizer.from_pretrained(args.text_tokenizer, args.prompt_length)
+            collate = CollateCaptions(collate, self.prompts)
+            data = dict(prompt_length=self.prompts.prompt_length, prompt_vocab_size=self.prompts.vocab_size)
 
-        transformer = args.make_transformer(vae, grid_size, self.class_names)
+        transformer = args.make_transformer(vae, grid_size=grid_size, **data)
         transformer.generation_config.temperature = args.temperature
         transformer.generation_config.guidance_scale = args.guidance_scale if transformer.config.has_null_class else 1.0
         SamplingSettings.resolve(transformer.config, transformer.generation_config)  # refuses what `generate` would
@@ -204,16 +224,34 @@ class DnDTraining(TrainingRun):
             transformer.train(),
             torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.95), fused=True),
             train_set,
-            collate_codes if args.codes_dir else collate_images,
+            collate,
             tokens_per_sample=transformer.config.sequence_length,
             flops_per_sample=transformer_training_flops(transformer.config),
         )
+
+    def _load_data(self, args: DnDArguments) -> tuple[SizedDataset, SizedDataset, tuple[int, int]]:
+        """The samples to train on, those held out, and the (height, width) of their codes; sets `source`, `class_names`."""
+        vae = self.vae
+        if args.codes_dir:
+            codes = CodesDataset(args.codes_dir)
+            if args.text_tokenizer is not None and not codes.has_captions:
+                raise ValueError(f"{args.codes_dir} has no captions: extract its codes again, with --caption_column.")
+            self.source, self.class_names, grid_size = codes, codes.class_names, codes.shape[:2]
+            return *hold_out(codes, args.num_validation_images, args.seed, codes.crops_per_image), grid_size
+        size = height_width("sample_size", vae.config.sample_size)
+        check_stride(size, vae.code_stride)
+        self.source, train_set, validation_set = load_training_images(args, size, args.caption_column)
+        self.class_names = self.source.class_names
+        return train_set, validation_set, (size[0] // vae.code_stride[0], size[1] // vae.code_stride[1])
 
     def facts(self) -> dict[str, Any]:
         source, has_codes = self.source, bool(self.args.codes_dir)
         data = {"codes": source.rows._fingerprint} if has_codes else {"digest_of_file_names": source.files_digest}
         tokenizer = {"tokenizer": fingerprint(self.vae), "tokenizer_config": model_settings(self.vae)}
-        return super().facts() | {"class_names": self.class_names} | data | tokenizer
+        names: dict[str, Any] = {"class_names": self.class_names}
+        if self.prompts is not None:
+            names = {"text_tokens": self.prompts.fingerprint}
+        return super().facts() | names | data | tokenizer
 
     def codes_of(self, batch: dict[str, Tensor]) -> Tensor:
         """`(batch, height, width, depth)`: those of the batch, or of its images."""
@@ -239,34 +277,51 @@ class DnDTraining(TrainingRun):
             metrics = self.clip_gradients()
             self.optimizer.step()
             self.optimizer.zero_grad()
-        depth_losses = {f"loss_depth_{k}": loss for k, loss in enumerate(output.depth_losses, start=1)}
-        return {"loss": output.loss, **depth_losses, **metrics}
+        return dict(zip(self._loss_names(), self._losses(output))) | metrics
+
+    def _loss_names(self) -> list[str]:
+        depths = [f"loss_depth_{k}" for k in range(1, self.vae.config.code_depth + 1)]
+        return ["loss", *depths] + ([] if self.prompts is None else ["prompt_loss"])
+
+    def _losses(self, output: DnDOutput | RQTransformerOutput) -> list[Tensor]:
+        return [output.loss, *output.depth_losses] + ([] if self.prompts is None else [output.prompt_loss])
 
     def validate(self, model: PreTrainedModel, step: int) -> dict[str, float]:
         accelerator, num_samples = self.accelerator, len(self.validation_set)
         mine = Subset(self.validation_set, range(accelerator.process_index, num_samples, accelerator.num_processes))
-        total = torch.zeros(model.config.code_depth, device=accelerator.device)
+        total = torch.zeros(len(self._loss_names()), device=accelerator.device)
         for batch in DataLoader(mine, self.args.train_batch_size, collate_fn=self.collate):
             batch = {name: value.to(accelerator.device) for name, value in batch.items()}
             codes = self.codes_of(batch)
-            losses = model(batch["labels"], codes, labels=codes, output_logits=False).depth_losses
-            total += losses * len(codes) / num_samples
+            output = model(batch["labels"], codes, labels=codes, output_logits=False)
+            total += torch.stack(self._losses(output)) * len(codes) / num_samples
         losses = accelerator.reduce(total).tolist()
         if accelerator.is_main_process:
             self.show(self.sample(model), round(self.args.num_samples**0.5), step)
-        return {"loss": sum(losses) / len(losses)} | {f"loss_depth_{k}": v for k, v in enumerate(losses, start=1)}
+            if self.prompts is not None:
+                shown = "".join(f"{caption}\n" for caption in self.captions(self.args.num_samples))
+                write_text(self.output_dir / "samples" / "captions.txt", shown)
+        return dict(zip(self._loss_names(), losses))
 
     def sample(self, model: PreTrainedModel) -> list[Image.Image]:
-        """The images of the sample grid: the classes in turn, always with the same seeds."""
+        """The images of the sample grid: the classes in turn, or of captions held out, always with the same seeds."""
         count, device = self.args.num_samples, self.accelerator.device
-        labels = [i % len(self.class_names) for i in range(count)]
         generators = [torch.Generator(device).manual_seed(i) for i in range(count)]
+        conditions: dict[str, list] = {"class_labels": [i % len(self.class_names) for i in range(count)]}
+        if self.prompts is not None:
+            conditions = {"prompt": self.captions(count)}
         with self.accelerator.autocast():
-            return self.make_pipeline(model)(labels, generator=generators).images
+            return self.make_pipeline(model)(**conditions, generator=generators).images
+
+    def captions(self, count: int) -> list[str]:
+        """The first captions held out, each on one line, again and again where there are fewer than `count`."""
+        held_out = [self.validation_set[i]["caption"] for i in range(min(count, len(self.validation_set)))]
+        return [" ".join(held_out[i % len(held_out)].split()) for i in range(count)]
 
     def make_pipeline(self, model: PreTrainedModel) -> DnDPipeline:
-        """The model with its tokenizer."""
-        pipe = DnDPipeline(transformer=model, vqvae=self.vae)
+        """The model with its tokenizers."""
+        text_tokenizer = None if self.prompts is None else self.prompts.tokenizer
+        pipe = DnDPipeline(transformer=model, vqvae=self.vae, tokenizer=text_tokenizer)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -274,12 +329,17 @@ class DnDTraining(TrainingRun):
         self.make_pipeline(model).save_pretrained(folder)
 
     def summary(self) -> dict[str, str]:
+        if self.prompts is not None:
+            length, vocab_size = self.prompts.prompt_length, self.prompts.vocab_size
+            return super().summary() | {"captions": f"{length} tokens of {vocab_size:,}: {self.captions(1)[0]!r}, ..."}
         names = self.class_names
         shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         return super().summary() | {"classes": f"{len(names):,}: {shown}"}
 
     def next_command(self) -> str:
-        return shlex.join(["python", "examples/generate.py", "--model", self.args.output_dir, "--output", "grid.png"])
+        prompts = [] if self.prompts is None else ["--prompts", *self.captions(1)]
+        options = ["--model", self.args.output_dir, *prompts, "--output", "grid.png"]
+        return shlex.join(["python", "examples/generate.py", *options])
 
 
 def main(args: DnDArguments) -> None:

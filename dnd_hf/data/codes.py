@@ -1,8 +1,9 @@
 """Datasets of codes: what a tokenizer makes of images, stored once and read from disk while training.
 
 A codes folder is a `datasets` data set in the layout of `save_to_disk`, with the columns `codes` (height x width x
-depth, uint16), `label` (a ClassLabel that knows the names) and `image_index` (the image a row was made from); the
-tokenizer itself lies beside it in the folder `vqvae`, so that codes and decoder cannot be confused.
+depth, uint16), `label` (a ClassLabel that knows the names), `image_index` (the image a row was made from) and, where
+the images have captions, `caption`; the tokenizer itself lies beside it in the folder `vqvae`, so that codes and
+decoder cannot be confused.
 
 It is written shard by shard ([`CodesWriter`]). A shard gets its name when it is complete and is never touched again, so
 an extraction can be killed and resumed; `dataset_info.json` comes last and says that the folder is complete.
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from itertools import chain, islice, takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import datasets
 import numpy as np
@@ -31,13 +33,17 @@ from .images import BrokenImageError, ImageDataset, ImageStream, collate_images
 MAX_VOCAB_SIZE = 2**16
 """Codes are stored in 16 bits."""
 
+Rows = tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, list[str]]
+"""Codes `(batch, height, width, depth)`, labels `(batch,)`, image indices `(batch,)`, and perhaps captions."""
 
-def codes_features(shape: tuple[int, int, int], class_names: list[str]) -> Features:
+
+def codes_features(shape: tuple[int, int, int], class_names: list[str], with_captions: bool = False) -> Features:
     """Columns of a codes dataset whose codes are (height, width, depth)."""
     codes = Value("uint16")
     for length in reversed(shape):
         codes = List(codes, length=length)
-    return Features({"codes": codes, "label": ClassLabel(names=class_names), "image_index": Value("int64")})
+    columns = {"codes": codes, "label": ClassLabel(names=class_names), "image_index": Value("int64")}
+    return Features(columns | ({"caption": Value("string")} if with_captions else {}))
 
 
 @dataclass
@@ -56,7 +62,7 @@ class ShardReader(torch.utils.data.IterableDataset):
     Items are dicts of the `part` and either
 
     - `broken`, the attributes of each [`BrokenImageError`], and, unless all are broken, `pixel_values`
-      `(batch, [crops,] 3, H, W)`, `labels` and `image_index` `(batch,)`; or
+      `(batch, [crops,] 3, H, W)`, `labels` and `image_index` `(batch,)`, and perhaps the list `captions`; or
     - `shard`, whose batches are complete, and `last`, whether it is the last one of the part.
     """
 
@@ -114,15 +120,13 @@ class CodesWriter:
         """Whether [`finish`] has been here."""
         return (self.path / "dataset_info.json").exists()
 
-    def write(
-        self, part: int, shard: int, last: bool, batches: list[tuple[Tensor, Tensor, Tensor]], broken: list[dict]
-    ) -> dict:
+    def write(self, part: int, shard: int, last: bool, batches: list[Rows], broken: list[dict]) -> dict:
         """Writes one shard: shards of a part in their order, parts in any. Returns what [`shards`] says of it.
 
         Args:
             part, shard: its place; a folder's rows are in the order of (part, shard).
             last: whether the part ends here.
-            batches: codes `(batch, height, width, depth)` in [0, 65535], labels `(batch,)`, image indices `(batch,)`.
+            batches: the rows, with captions where the folder has them; codes lie in [0, 65535].
             broken: of each image that has no rows, its "index", "name" and "reason".
 
         Raises:
@@ -131,7 +135,8 @@ class CodesWriter:
         schema = self.features.arrow_schema
         table, num_images = schema.empty_table(), len(broken)
         if batches:
-            codes, labels, image_index = (torch.cat(column) for column in zip(*batches))
+            tensors, captions = zip(*((batch[:3], batch[3:]) for batch in batches))
+            codes, labels, image_index = (torch.cat(column) for column in zip(*tensors))
             low, high = codes.aminmax()
             if low < 0 or high >= MAX_VOCAB_SIZE:
                 raise ValueError(f"codes must lie in [0, {MAX_VOCAB_SIZE}), got {low} to {high}.")
@@ -139,6 +144,7 @@ class CodesWriter:
             for length in reversed(codes.shape[1:]):
                 column = pa.FixedSizeListArray.from_arrays(column, length)
             columns = [column, pa.array(labels.numpy()), pa.array(image_index.numpy())]
+            columns += [pa.array(chain(*lists), pa.string()) for lists in zip(*captions)]
             table, num_images = pa.Table.from_arrays(columns, schema=schema), num_images + len(image_index.unique())
         note = {"last": last, "num_images": num_images, "broken": broken}
         table = table.replace_schema_metadata({**schema.metadata, "dnd_hf": json.dumps(note)})
@@ -192,7 +198,8 @@ def _no_progress_bar() -> Iterator[None]:
 
 
 class CodesDataset(torch.utils.data.Dataset):
-    """Map-style dataset of `{"codes": (height, width, depth) int64, "label": int}`, memory-mapped from a codes folder.
+    """Map-style dataset of `{"codes": (height, width, depth) int64, "label": int}`, and "caption" where the folder has
+    captions, memory-mapped from it.
 
     Args:
         path: the folder; its tokenizer is `path/vqvae`.
@@ -222,7 +229,8 @@ class CodesDataset(torch.utils.data.Dataset):
         first = images[0]["image_index"]
         self.crops_per_image = sum(1 for _ in takewhile(lambda row: row["image_index"] == first, images))
         # Rows stay Arrow tables: turning nested lists into arrays would cost thirty times the reading.
-        self.rows = rows.with_format("arrow", columns=["codes", "label"])
+        self.has_captions = "caption" in rows.column_names
+        self.rows = rows.with_format("arrow", columns=["codes", "label", *["caption"] * self.has_captions])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -233,12 +241,14 @@ class CodesDataset(torch.utils.data.Dataset):
         for _ in self.shape:
             values = values.flatten()
         codes = torch.from_numpy(values.to_numpy().astype(np.int64).reshape(self.shape))
-        return {"codes": codes, "label": row["label"][0].as_py()}
+        return {"codes": codes, **{name: row[name][0].as_py() for name in row.column_names if name != "codes"}}
 
 
-def collate_codes(items: list[dict]) -> dict[str, Tensor]:
-    """Items of a [`CodesDataset`] to `codes` `(batch, height, width, depth)` and `labels` `(batch,)`, int64."""
-    return {
+def collate_codes(items: list[dict]) -> dict[str, Any]:
+    """Items of a [`CodesDataset`] to `codes` `(batch, height, width, depth)` and `labels` `(batch,)`, int64, and, where
+    there are captions, the list `captions`."""
+    batch: dict[str, Any] = {
         "codes": torch.stack([item["codes"] for item in items]),
         "labels": torch.tensor([item["label"] for item in items]),
     }
+    return batch | ({"captions": [item["caption"] for item in items]} if "caption" in items[0] else {})

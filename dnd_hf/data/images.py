@@ -169,6 +169,7 @@ class ImageSource:
         transform: [`ImageTransform`], [`TenCrop`] or another function of one image.
         class_names: name of each label; without labels there is one class.
         image_column, label_column: keys of the source's items; `label_column=None`: every label is 0.
+        caption_column: key of a text that describes the image; `None`: there are no captions.
         labels: the labels as they stand in the source, one for each class, in the order of `class_names`; `None`: they
             are the numbers of the classes, or the names.
         skipped: files that are no images, for [`description`], as `.svg 2, .txt 1`.
@@ -183,6 +184,7 @@ class ImageSource:
     labels: list[int] | None = None
     skipped: str = ""
     files_digest: str | None = None
+    caption_column: str | None = None
 
     def __post_init__(self):
         self._class_of_name = {name: number for number, name in enumerate(self.class_names)}
@@ -197,11 +199,11 @@ class ImageSource:
         return f"{number}, {classes}" + (f"; files skipped: {self.skipped}" if self.skipped else "")
 
     def prepare(self, index: int, item: dict) -> dict:
-        """`{"pixel_values": transform(image), "label": int}` of item `index` of the source.
+        """`{"pixel_values": transform(image), "label": int}`, and "caption" where there are, of item `index`.
 
         Raises:
             BrokenImageError: the image cannot be decoded.
-            ValueError: it has no label, or none of the classes.
+            ValueError: it has no label, or none of the classes, or no caption.
         """
         label = item[self.label_column] if self.label_column else 0
         number = self._class_of_name.get(label) if isinstance(label, str) else label
@@ -212,6 +214,9 @@ class ImageSource:
                 f"image {index} has the label {label!r} in {self.label_column!r}, which is none of the"
                 f" {len(self.class_names)} classes; choose another split or column."
             )
+        caption = {"caption": item[self.caption_column]} if self.caption_column else {}
+        if caption and not isinstance(caption["caption"], str):
+            raise ValueError(f"image {index} has no caption in {self.caption_column!r}: leave it out, or write one.")
         value = item[self.image_column]
         if isinstance(value, dict) and value.get("bytes") is None and "://" in (value.get("path") or ""):
             with fsspec.open(value["path"]) as file:  # a failing connection does not make an image broken
@@ -224,7 +229,7 @@ class ImageSource:
         except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to
             name = value.get("path") if isinstance(value, dict) else None
             raise BrokenImageError(index, name, f"{type(error).__name__}: {error}") from error
-        return {"pixel_values": pixels, "label": int(number)}
+        return {"pixel_values": pixels, "label": int(number), **caption}
 
 
 class ImageDataset(ImageSource, torch.utils.data.Dataset):
@@ -314,9 +319,11 @@ def check_broken_share(num_broken: int, num_images: int, max_broken_share: float
         )
 
 
-def collate_images(items: list[dict]) -> dict[str, Tensor]:
-    """Items of an [`ImageDataset`] to `pixel_values` `(batch, 3, H, W)` and `labels` `(batch,)` int64."""
-    return {
+def collate_images(items: list[dict]) -> dict[str, Any]:
+    """Items of an [`ImageDataset`] to `pixel_values` `(batch, 3, H, W)`, `labels` `(batch,)` int64 and, where there
+    are captions, the list `captions`."""
+    batch: dict[str, Any] = {
         "pixel_values": torch.stack([item["pixel_values"] for item in items]),
         "labels": torch.tensor([item["label"] for item in items]),
     }
+    return batch | ({"captions": [item["caption"] for item in items]} if "caption" in items[0] else {})

@@ -33,6 +33,7 @@ def load_image_dataset(
     num_images: int | None = None,
     seed: int = 0,
     streaming: bool = False,
+    caption_column: str | None = None,
 ) -> ImageDataset | ImageStream:
     """Opens a source of labelled images.
 
@@ -48,22 +49,26 @@ def load_image_dataset(
         seed: of the words, or of the draw.
         streaming: read the source as it arrives instead of downloading it whole. Its labels must be a ClassLabel:
             nothing else says beforehand which classes there are.
+        caption_column: its column of texts that describe the images ("text" of the `words`); `None`: without captions.
 
     Raises:
         FileNotFoundError: no such source, here or on the Hub.
         ValueError: damaged files; no such split, no images in it or fewer than `num_images`; no such column, or none of
-            images or of labels; an image without a label (-1 or None); numbers that are no classes; a stream where
-            there can be none.
+            images, of labels or of texts; an image without a label (-1 or None); numbers that are no classes; a stream
+            where there can be none.
     """
     if streaming and num_images is not None:
         raise ValueError(f"`num_images` cannot be drawn from a stream, got {num_images}.")
     if name == "words" and not streaming:
         words = WordImages(num_images or 100_000, seed, *transform.resolution)
-        return ImageDataset(words, transform, list(words.class_names))
+        if caption_column not in (None, "text"):
+            raise ValueError(f'`caption_column` of the words must be "text", got {caption_column!r}.')
+        return ImageDataset(words, transform, list(words.class_names), caption_column=caption_column)
     source, skipped, files_digest = _open(name, split, config_name, label_column is not None, streaming)
     if not streaming and not len(source):
         raise ValueError(f"{name} has no images in {split!r}.")
     _check_image_column(name, source, image_column)
+    _check_caption_column(name, source, caption_column)
     features = source.features
     if label_column is None or (label_column == "label" and "label" not in features):
         label_column, class_names, labels = None, ["image"], None
@@ -71,7 +76,8 @@ def load_image_dataset(
         raise ValueError(f"{name} has no column {label_column!r} of labels; it has {list(features)}.")
     else:
         class_names, labels = _classes(name, source, label_column, streaming)
-    source = source.select_columns([column for column in (image_column, label_column) if column])
+    columns = (image_column, label_column, caption_column)
+    source = source.select_columns(list(dict.fromkeys(column for column in columns if column)))
     source = source.cast_column(image_column, datasets.Image(decode=False))
     image_dataset = ImageStream if streaming else ImageDataset
     if num_images is not None:
@@ -80,7 +86,7 @@ def load_image_dataset(
                 f"{name} has {counted(len(source), 'image')} in {split!r}, fewer than the {num_images:,} asked for."
             )
         source = source.shuffle(seed=seed).select(range(num_images))
-    described = (class_names, image_column, label_column, labels, count_kinds(skipped), files_digest)
+    described = (class_names, image_column, label_column, labels, count_kinds(skipped), files_digest, caption_column)
     return image_dataset(source, transform, *described)
 
 
@@ -129,6 +135,17 @@ def _check_image_column(name: str, source: datasets.Dataset | datasets.IterableD
     is_text = str(getattr(feature, "dtype", "")).endswith(("string", "binary"))  # paths, or bytes of files
     if not (is_file or is_text or isinstance(feature, datasets.Image)):
         raise ValueError(f"column {column!r} of {name} holds no images but {feature}.")
+
+
+def _check_caption_column(name: str, source: datasets.Dataset | datasets.IterableDataset, column: str | None) -> None:
+    if column is None:
+        return
+    if column not in source.features:
+        raise ValueError(f"{name} has no column {column!r} of captions; it has {list(source.features)}.")
+    if not str(getattr(source.features[column], "dtype", "")).endswith("string"):
+        raise ValueError(
+            f"column {column!r} of {name} holds no captions, one text for each image, but {source.features[column]}."
+        )
 
 
 def _classes(

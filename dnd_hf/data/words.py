@@ -155,8 +155,8 @@ class WordImages(Dataset):
         seed: non-negative. Two seeds give independent streams of images.
         height, width: size of the images in pixels, at least 16 and 64.
 
-    Items are `{"image": PIL.Image.Image, "label": int}`: an RGB image of `width` x `height` and a label in
-    [0, 100), the index of its word in `class_names`. A negative index counts from the end.
+    Items are `{"image": PIL.Image.Image, "label": int, "text": str}`: an RGB image of `width` x `height`, a label in
+    [0, 100), and its word, `class_names[label]`. A negative index counts from the end.
 
     Raises:
         ValueError: an argument outside its range.
@@ -185,4 +185,5 @@ class WordImages(Dataset):
         index %= self.num_images
         label = int(index % len(WORDS))
         rng = np.random.default_rng((self.seed, index))
-        return {"image": render_word(WORDS[label], rng, self.height, self.width), "label": label}
+        image = render_word(WORDS[label], rng, self.height, self.width)
+        return {"image": image, "label": label, "text": WORDS[label]}

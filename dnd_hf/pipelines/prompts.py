@@ -28,10 +28,20 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase | None, prompt: str | Seque
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts or not all(isinstance(one, str) for one in prompts):
         raise ValueError(f"`prompt` must be text, one or several, got {prompt!r}.")
-    whole = tokenizer(prompts).input_ids
-    for one, tokens in zip(prompts, whole):
-        if len(tokens) > prompt_length:
-            lost = tokenizer.decode(tokens[prompt_length:])
-            logger.warning(f"The prompt {one!r} is longer than {prompt_length} tokens: {lost!r} is cut off.")
-    options = dict(padding="max_length", truncation=True, max_length=prompt_length, return_tensors="pt")
-    return tokenizer(prompts, **options).input_ids
+    tokens, cut = padded_tokens(tokenizer, prompts, prompt_length)
+    for one, lost in cut.items():
+        logger.warning(f"The prompt {one!r} is longer than {prompt_length} tokens: {lost!r} is cut off.")
+    return tokens
+
+
+def padded_tokens(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int
+) -> tuple[Tensor, dict[str, str]]:
+    """Tokens `(texts, length)`, int64, and, for each text that is longer, what of it is cut off."""
+    cut = {
+        text: tokenizer.decode(tokens[length:])
+        for text, tokens in zip(texts, tokenizer(list(texts)).input_ids)
+        if len(tokens) > length
+    }
+    options = dict(padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    return tokenizer(list(texts), **options).input_ids, cut

@@ -10,8 +10,10 @@ from ..data.images import ImageDataset, ImageTransform, ReplaceBrokenImages
 from .data_order import hold_out
 
 
-def load_training_images(args: RunArguments, size: tuple[int, int]) -> tuple[ImageDataset, Dataset, Dataset]:
-    """The images that `args` name, cropped to `size` (height, width).
+def load_training_images(
+    args: RunArguments, size: tuple[int, int], caption_column: str | None = None
+) -> tuple[ImageDataset, Dataset, Dataset]:
+    """The images that `args` name, cropped to `size` (height, width), with the captions of a column.
 
     Returns:
         The whole data set; the part to train on, augmented as `args` ask for; and the part held out, cropped at the
@@ -21,7 +23,8 @@ def load_training_images(args: RunArguments, size: tuple[int, int]) -> tuple[Ima
         ValueError: see [`load_image_dataset`] and [`hold_out`].
     """
     crop: Literal["random", "center"] = "random" if args.random_crop else "center"
-    dataset = args.load_images(ImageTransform(size, crop, args.random_flip, args.crop_range, args.background))
+    transform = ImageTransform(size, crop, args.random_flip, args.crop_range, args.background)
+    dataset = args.load_images(transform, caption_column)
     if not isinstance(dataset, ImageDataset):
         raise ValueError("`streaming` data cannot be trained on, whose samples come in random order.")
     train_set, held_out = hold_out(dataset, args.num_validation_images, args.seed)

@@ -24,6 +24,7 @@ from .settings import public
 NOT_UPLOADED = "checkpoint-*"
 LIBRARIES = ("torch", "transformers", "diffusers", "accelerate", "datasets")
 PIPELINE_SAMPLES = "Samples of the classes in turn; their seeds are always the same."
+PROMPT_SAMPLES = "Samples of captions held out of training (samples/captions.txt); their seeds are always the same."
 TOKENIZER_SAMPLES = "A row for each image: the original, then what its first 1, 2, ... codes decode to."
 
 
@@ -83,7 +84,7 @@ def write_model_card(args: RunArguments, repo_id: str | None, accelerator: Accel
         versions=f"Python {platform.python_version()}, dnd_hf {__version__}, {versions}",
         step=metrics[-1]["step"] if metrics else 0,
         metrics=_metrics_table(metrics),
-        caption=PIPELINE_SAMPLES if is_pipeline else TOKENIZER_SAMPLES,
+        caption=_samples(folder, is_pipeline),
         images=[path.relative_to(folder).as_posix() for path in images],
         license=args.hub_license,
     )
@@ -111,6 +112,13 @@ def upload_run(folder: Path, repo_id: str) -> None:
 def _pipeline_card(name: str, folder: Path) -> str:
     config = AutoConfig.from_pretrained(folder / "transformer")
     return pipeline_card(name, config.num_classes, config.model_type)
+
+
+def _samples(folder: Path, is_pipeline: bool) -> str:
+    """What the sample grid shows."""
+    if not is_pipeline:
+        return TOKENIZER_SAMPLES
+    return PROMPT_SAMPLES if (folder / "tokenizer").is_dir() else PIPELINE_SAMPLES
 
 
 def _is_on_hub(name: str | None) -> bool:
