@@ -230,7 +230,7 @@ class DnDTraining(TrainingRun):
         )
 
     def _load_data(self, args: DnDArguments) -> tuple[SizedDataset, SizedDataset, tuple[int, int]]:
-        """The samples to train on, those held out, and the (height, width) of their codes; sets `source`, `class_names`."""
+        """The samples to train on, those held out, the (height, width) of their codes; sets `source`, `class_names`."""
         vae = self.vae
         if args.codes_dir:
             codes = CodesDataset(args.codes_dir)

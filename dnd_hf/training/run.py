@@ -24,6 +24,7 @@ from transformers import get_scheduler
 from ..arguments import name_options
 from ..figures import plot_training_curves, save_image_grid
 from ..files import locked
+from ..ops.memory import kept_memory
 from ..processes import connected, end_processes
 from .checkpoints import find_checkpoint, remove_unfinished, save_checkpoint
 from .data_order import SizedDataset, TrainingStream, mixed_seed
@@ -127,7 +128,8 @@ class TrainingRun(ABC):
                 self._print(as_text(self.summary()))
             accelerator.wait_for_everyone()
             accelerator.init_trackers("dnd_hf", {name: str(value) for name, value in asdict(args).items()})
-            with StopRequest(accelerator) as stop, connected(self._advice):
+            memory = kept_memory() if accelerator.device.type == "cpu" else nullcontext()
+            with StopRequest(accelerator) as stop, connected(self._advice), memory:
                 self._run_steps(stop)
             self._export(self.output_dir)
             if accelerator.is_main_process:

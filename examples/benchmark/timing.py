@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dnd_hf.ops.memory import kept_memory
 from dnd_hf.training.throughput import synchronize
 
 
@@ -29,6 +30,20 @@ def side_by_side(functions: dict[str, Callable[[], Any]], device: torch.device, 
     """Seconds of each function, run in turns `repeats` times, after one turn that does not count."""
     turns = [{name: timed(function, device) for name, function in functions.items()} for _ in range(repeats + 1)]
     return {name: [turn[name] for turn in turns[1:]] for name in functions}
+
+
+def with_kept_memory(
+    functions: dict[str, Callable[[], Any]], device: torch.device, repeats: int
+) -> dict[str, dict[str, list[float]]]:
+    """[`side_by_side`] for CPUs: "ours" with `kept_memory`, as our scripts have it, and the reference without and with.
+
+    What has been kept once stays, so the reference without it is run first: give each section a process of its own.
+    """
+    others = {name: function for name, function in functions.items() if name != "ours"}
+    as_it_is = side_by_side(others, device, repeats)
+    with kept_memory():
+        kept = side_by_side(functions, device, repeats)
+    return {"": {**kept, **as_it_is}} | ({", both with kept memory": kept} if others else {})
 
 
 def extra_memory(function: Callable[[], Any], device: torch.device) -> float:

@@ -10,7 +10,7 @@ import torch
 from official import Reference
 from options import BenchmarkArguments
 from PIL import Image
-from timing import extra_memory, row, side_by_side
+from timing import extra_memory, row, side_by_side, with_kept_memory
 from torch.utils.data import DataLoader
 
 from dnd_hf import RQVAE
@@ -59,6 +59,7 @@ def extract(args: BenchmarkArguments, device: torch.device, reference: Reference
     """Ten crops of each image to codes on disk: extract_codes.py's way, and the official: one image per batch, its
     whole autoencoder, two files per image."""
     vae = make_tokenizer(args, args.code_depth, device)
+    vae.use_slicing = device.type == "cpu"
     generator = np.random.default_rng(0)
     side = args.image_size * 5 // 4
     images = [
@@ -95,8 +96,8 @@ def extract(args: BenchmarkArguments, device: torch.device, reference: Reference
                     np.save(f"{folder}/{i}-label.npy", item["label"].numpy())
 
         functions["reference"] = theirs
-    seconds = side_by_side(functions, device, args.repeats)
-    yield row("extract", f"ten crops, {args.image_size} px", "images/s", args.extract_images, seconds)
+    for memory, seconds in with_kept_memory(functions, device, args.repeats).items():
+        yield row("extract", f"ten crops, {args.image_size} px{memory}", "images/s", args.extract_images, seconds)
 
 
 def make_tokenizer(args: BenchmarkArguments, depth: int, device: torch.device) -> RQVAE:

@@ -8,7 +8,7 @@ import torch
 from decode import make_transformer
 from official import Reference
 from options import BenchmarkArguments
-from timing import extra_memory, row, side_by_side
+from timing import extra_memory, row, with_kept_memory
 from torch import Tensor, nn
 
 from dnd_hf.training.throughput import peak_flops, transformer_training_flops
@@ -46,9 +46,10 @@ def train(args: BenchmarkArguments, device: torch.device, reference: Reference |
             official.compile()
     if args.torch_compile:
         model.compile()
-    seconds = side_by_side(functions, device, args.repeats)
+    timings = with_kept_memory(functions, device, args.repeats)
     rate = peak_flops(device, dtype)
-    mfu = batch * transformer_training_flops(config) / median(seconds["ours"]) / rate
-    memory = {f"memory_mb_{name}": extra_memory(function, device) for name, function in functions.items()}
+    memory_mb = {f"memory_mb_{name}": extra_memory(function, device) for name, function in functions.items()}
     what = f"{args.size}, depth {args.code_depth}, batch {batch}, {args.dtype}{', compiled' * args.torch_compile}"
-    yield row("train", what, "images/s", batch, seconds, mfu=mfu, **memory)
+    for memory, seconds in timings.items():
+        mfu = batch * transformer_training_flops(config) / median(seconds["ours"]) / rate
+        yield row("train", f"{what}{memory}", "images/s", batch, seconds, mfu=mfu, **memory_mb)
