@@ -15,9 +15,9 @@ from .decoders import plain_runner
 from .evaluation_mode import evaluation_mode
 from .given_codes import GivenCodes, checked_given_codes
 from .guidance import guidance_scales
-from .inpainting import InpaintingMixin
 from .loop import SamplingLoop
 from .noise import checked_generators, uniform_noise
+from .outpainting import OutpaintingMixin
 from .packed_decoder import can_run_packed, packed_runner
 from .packing import PackingMixin
 from .scoring import CodeDistributions, CodeScores, code_distributions, code_log_probs
@@ -30,8 +30,8 @@ from .windows import (
 )
 
 
-class ImageGenerationMixin(InpaintingMixin, PackingMixin):
-    """Adds `generate`, which replaces that of transformers (several codes a step), `inpaint`, `score` and
+class ImageGenerationMixin(OutpaintingMixin, PackingMixin):
+    """Adds `generate`, which replaces that of transformers (several codes a step), `inpaint`, `outpaint`, `score` and
     `code_distributions`.
 
     What a model must offer for them is [`ImageCodeModel`].
