@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--dataset_name", required=True, help="Images, as train_rqvae.py takes them.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder of the new tokenizer.")
     parser.add_argument("--code_depth", type=int, required=True, help="Residual codes of a position.")
+    parser.add_argument("--num_codes", type=int, help="Codes of a codebook; default: as many as that of --vqvae.")
     parser.add_argument("--code_patch_size", type=int, nargs=2, default=[1, 1], help="Latent cells of a position.")
     parser.add_argument("--sample_size", type=int, nargs=2, required=True, help="Height and width of the images.")
     parser.add_argument("--num_images", type=int, default=2048, help="Images whose latents are held in memory.")
@@ -72,10 +73,15 @@ def main() -> None:
         print(f"{args.output_dir} is there already.")
         return
     changes = dict(code_depth=args.code_depth, code_patch_size=args.code_patch_size, sample_size=args.sample_size)
-    changes |= dict(shared_codebook=False)
-    vae = changed(RQVAE.from_pretrained(args.vqvae), **changes).eval()
+    trained = RQVAE.from_pretrained(args.vqvae)
+    num_codes = args.num_codes or trained.config.num_vq_embeddings
+    vae = changed(trained, **changes, shared_codebook=False, num_vq_embeddings=num_codes).eval()
     images = load_image_dataset(
-        args.dataset_name, ImageTransform(tuple(args.sample_size)), num_images=args.num_images, seed=args.seed
+        args.dataset_name,
+        ImageTransform(tuple(args.sample_size)),
+        label_column=None,
+        num_images=args.num_images,
+        seed=args.seed,
     )
     lost = fit_codes(vae, images, args.steps, args.batch_size, args.seed)
     vae.save_pretrained(args.output_dir)

@@ -8,10 +8,11 @@ python examples/claims/measure.py --vqvae rqvae --dataset_name images-held-out -
 python examples/claims/measure.py --samples images --training_text text/train_books.jsonl --output_dir images-measured
 
 The pages are read by their glyphs, and `texts.jsonl` has what was read. The metrics are those of `evaluate.py --task
-prose` and, of a model, the nats that held-out pages cost at each depth. Of a rival, which diffusion.py has trained, the
-images of each sampler are measured.
+prose` and, of a model, the nats that held-out pages cost at each depth; without `--training_text` nothing is sampled. Of
+a rival, which diffusion.py has trained, the images of each sampler are measured.
 """
 
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,9 @@ from typing import Any
 import torch
 from rivals import Rival, is_rival, load_rival
 from sample_diffusion import sample_images as sample_rival
+from torch import Tensor
 from torch.utils.data import Subset
+from transformers import PreTrainedModel
 from transformers.hf_argparser import HfArg
 
 from dnd_hf import RQVAE, DnDPipeline
@@ -59,12 +62,10 @@ class MeasureArguments:
     def __post_init__(self):
         if sum(name is not None for name in (self.model, self.vqvae, self.samples)) != 1:
             raise ValueError("one of `model`, `vqvae` and `samples` is needed.")
-        needed = (
-            ["output_dir", "training_text"]
-            + ["codes_dir"] * bool(self.model and not is_rival(self.model))
-            + ["dataset_name"] * bool(self.vqvae)
-        )
-        for name in needed:
+        needed = ["dataset_name", "training_text"] if self.vqvae else ["training_text"]
+        if self.model and not is_rival(self.model):
+            needed = ["codes_dir"]
+        for name in ["output_dir", *needed]:
             if getattr(self, name) is None:
                 raise ValueError(f"`{name}` is needed.")
         for name in ("num_images", "batch_size"):
@@ -111,15 +112,26 @@ def measure_tokenizer(vae: RQVAE, dataset_name: str, num_images: int, reader: Re
     }
 
 
-@torch.inference_mode()
-def measure_model(pipeline: DnDPipeline, args: MeasureArguments, reader: Reader) -> dict[str, float]:
-    """Held-out nats of an image and of each depth's codes in it, the samples' words, and images sampled a second."""
+@torch.no_grad()
+def measure_model(pipeline: DnDPipeline, args: MeasureArguments, reader: Reader | None) -> dict[str, float]:
+    """Held-out nats of an image and of each depth's codes in it, the samples' words, and images sampled a second.
+
+    `entropy_depth_k` is the entropy of the frequencies of the codes of depth k, in nats for each code.
+    """
     model, held_out = pipeline.transformer, CodesDataset(args.codes_dir)
     codes = collate_codes(list(Subset(held_out, range(len(held_out)))))["codes"]
     nats = -model.score(torch.zeros(len(codes), dtype=torch.int64), codes, args.batch_size).log_probs
     by_depth = nats.sum((1, 2)).mean(0).tolist()
     results = {"parameters": model.num_parameters(only_trainable=True), "nats": sum(by_depth)}
     results |= {f"nats_depth_{k}": value for k, value in enumerate(by_depth, start=1)}
+    for k, of_depth in enumerate(codes.unbind(-1), start=1):
+        results[f"nats_a_code_depth_{k}"] = by_depth[k - 1] / of_depth[0].numel()
+        frequencies = of_depth.flatten().bincount() / of_depth.numel()
+        results[f"entropy_depth_{k}"] = torch.special.entr(frequencies).sum().item()
+    if reader is None:
+        return results
+    with torch.enable_grad():
+        results["trained_images_per_cpu_second"] = training_speed(model, codes[:32])
     for name, temperature in args.sampling.items():
         folder, sampling = Path(args.output_dir, "samples", name), {"temperature": temperature}
         start, new = time.process_time(), args.num_images - len(list(folder.glob("*.png")))
@@ -144,8 +156,24 @@ def measure_rival(rival: Rival, args: MeasureArguments, reader: Reader) -> dict[
     return results
 
 
+def training_speed(model: PreTrainedModel, codes: Tensor, steps: int = 7) -> float:
+    """Images that a second of CPU time learns from, forward and backward in bfloat16, without the optimizer; median."""
+    seconds = []
+    labels = torch.zeros(len(codes), dtype=torch.int64)
+    model.train()
+    for _ in range(steps):
+        start = time.process_time()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(labels, codes, labels=codes, output_logits=False).loss
+        loss.backward()
+        seconds.append(time.process_time() - start)
+    model.zero_grad()
+    model.eval()
+    return len(codes) / statistics.median(seconds)
+
+
 def main(args: MeasureArguments) -> None:
-    reader = Reader(args.training_text)
+    reader = Reader(args.training_text) if args.training_text else None
     if args.model and is_rival(args.model):
         results = measure_rival(load_rival(Path(args.model)), args, reader)
     elif args.model:
@@ -158,7 +186,8 @@ def main(args: MeasureArguments) -> None:
         )
     else:
         results = reader.measure(SampleImages(args.samples, args.num_images), "samples")
-    write_json_lines(Path(args.output_dir, "texts.jsonl"), reader.texts)
+    if reader:
+        write_json_lines(Path(args.output_dir, "texts.jsonl"), reader.texts)
     write_json(Path(args.output_dir, "results.json"), results)
     print(f"{args.output_dir}/results.json: {len(results)} metrics")
 

@@ -52,6 +52,8 @@ def steps_of(claim: str, seeds: list[int], quick: bool = False) -> dict[str, str
         for variant, settings in plan.get("variants", {}).items():
             for name, command in plan["steps_of_each_seed"].items():
                 add(name, command, variant=variant, seed=seed, **settings)
+        for name, command in plan.get("steps_after_each_seed", {}).items():
+            add(name, command, seed=seed)
     return steps
 
 

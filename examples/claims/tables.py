@@ -12,9 +12,17 @@ from dnd_hf.figures import import_figure, markdown_table
 
 
 def results_of(state_dir: Path, variants: list[str]) -> dict[str, list[dict]]:
-    """The results of each variant that has any: one dict a seed."""
+    """The results of each variant that has any, with the perplexities of its texts: one dict a seed."""
     files = {variant: sorted(state_dir.glob(f"{variant}/*-measured/results.json")) for variant in variants}
-    return {variant: [json.loads(file.read_text()) for file in found] for variant, found in files.items() if found}
+    texts: dict[str, dict] = {}
+    for file in sorted(state_dir.glob("C*/perplexity*/results.json")):
+        for folder, metrics in json.loads(file.read_text()).items():
+            texts[folder] = texts.get(folder, {}) | metrics
+
+    def read(file: Path) -> dict:
+        return json.loads(file.read_text()) | texts.get(str(file.parent.relative_to(state_dir)), {})
+
+    return {variant: [read(file) for file in found] for variant, found in files.items() if found}
 
 
 def mean_and_spread(values: list[float], digits: int = 3) -> str:
@@ -35,6 +43,19 @@ def table(results: dict[str, list[dict]], columns: dict[str, str]) -> str:
     return markdown_table(rows)
 
 
+def table_of_images(results: dict[str, list[dict]], columns: dict[str, str]) -> str:
+    """A row for each variant and each kind of images in it, such as those of a temperature: `METRIC@KIND`."""
+    split: dict[str, list[dict]] = {}
+    for variant, seeds in results.items():
+        kinds = dict.fromkeys(name.partition("@")[2] for one in seeds for name in one if "@" in name)
+        for kind in kinds:
+            of_kind = [
+                {name.partition("@")[0]: one[name] for name in one if name.endswith(f"@{kind}")} for one in seeds
+            ]
+            split[f"{variant} {kind}"] = of_kind
+    return table(split, columns)
+
+
 def show(claim: str, plan: dict, state_dir: Path) -> None:
     """Prints the table of a claim, writes it to CLAIM.md in the state folder, and its plot to CLAIM.png."""
     parts = []
@@ -44,6 +65,8 @@ def show(claim: str, plan: dict, state_dir: Path) -> None:
     results = results_of(state_dir, list(plan.get("variants", {})))
     if results:
         parts.append(table(results, plan["table"]))
+        if "table_of_images" in plan:
+            parts.append(table_of_images(results, plan["table_of_images"]))
         if "plot" in plan:
             plot(results, plan["plot"], state_dir / f"{claim}.png")
     text = "\n\n".join(parts) or f"{claim}: nothing is measured yet."
