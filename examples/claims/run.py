@@ -91,18 +91,19 @@ def main() -> None:
     claims = sorted(path.stem for path in HERE.glob("C*.yaml"))
     parser.add_argument("--claim", required=True, choices=claims, help="Which of the paper's claims.")
     parser.add_argument("--state_dir", type=Path, default=Path("runs/claims"), help="Folder of all that is made.")
-    parser.add_argument("--vqvae", default="verses", help="Tokenizer that pages are encoded with: a folder.")
+    parser.add_argument("--vqvae", help="Folder of the trained tokenizer whose networks encode the pages.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="One run of each variant for each.")
     parser.add_argument("--only", help="Only the steps whose name begins so, and what the claim needs.")
     parser.add_argument("--quick", action="store_true", help="A few steps on a few images: does it run?")
     parser.add_argument("--tables", action="store_true", help="Run nothing; show what is there.")
     args = parser.parse_args()
+    if not args.tables and (args.vqvae is None or not Path(args.vqvae, "config.json").exists()):
+        parser.error("--vqvae is needed: the folder of a tokenizer.")
     args.state_dir.mkdir(parents=True, exist_ok=True)
-    vqvae = Path(args.vqvae).resolve() if Path(args.vqvae).exists() else args.vqvae
     if not args.tables:
         done = finished(args.state_dir)
         for name, command in steps_of(args.claim, args.seeds, args.quick).items():
-            command = command.replace("{vqvae}", str(vqvae))
+            command = command.replace("{vqvae}", str(Path(args.vqvae).resolve()))
             if name in done:
                 if done[name]["command"] != command:
                     raise SystemExit(f"{name} was made by another command: {done[name]['command']}")
