@@ -8,7 +8,9 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from dnd_hf.figures import import_figure, markdown_table
+from PIL import Image
+
+from dnd_hf.figures import import_figure, markdown_table, save_image_grid
 
 
 def results_of(state_dir: Path, variants: list[str]) -> dict[str, list[dict]]:
@@ -57,7 +59,8 @@ def table_of_images(results: dict[str, list[dict]], columns: dict[str, str]) -> 
 
 
 def show(claim: str, plan: dict, state_dir: Path) -> None:
-    """Prints the table of a claim, writes it to CLAIM.md in the state folder, and its plot to CLAIM.png."""
+    """Prints the table of a claim, writes it to CLAIM.md in the state folder, and its plot and samples to CLAIM.png and
+    CLAIM_samples.png."""
     parts = []
     for file in sorted(state_dir.glob(f"{claim}/tokenizer-*/results.json")):
         rows = [{"": file.parent.name, **json.loads(file.read_text())}]
@@ -69,9 +72,20 @@ def show(claim: str, plan: dict, state_dir: Path) -> None:
             parts.append(table_of_images(results, plan["table_of_images"]))
         if "plot" in plan:
             plot(results, plan["plot"], state_dir / f"{claim}.png")
+    save_samples(list(plan.get("variants", {})), plan["samples"], state_dir, state_dir / f"{claim}_samples.png")
     text = "\n\n".join(parts) or f"{claim}: nothing is measured yet."
     (state_dir / f"{claim}.md").write_text(text + "\n")
     print(text)
+
+
+def save_samples(variants: list[str], kind: str, state_dir: Path, path: Path, columns: int = 6) -> None:
+    """Writes a row for each variant that has samples of a kind (a temperature): the first ones of its first seed."""
+    rows = []
+    for variant in variants:
+        for folder in sorted(state_dir.glob(f"{variant}/*-measured/samples/{kind}"))[:1]:
+            rows += [Image.open(file) for file in sorted(folder.glob("*.png"))[:columns]]
+    if rows:
+        save_image_grid(rows, columns, path)
 
 
 def plot(results: dict[str, list[dict]], panels: list[str], path: Path) -> None:
