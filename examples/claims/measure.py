@@ -8,8 +8,8 @@ python examples/claims/measure.py --vqvae rqvae --dataset_name images-held-out -
 python examples/claims/measure.py --samples images --training_text text/train_books.jsonl --output_dir images-measured
 
 The pages are read by their glyphs, and `texts.jsonl` has what was read. The metrics are those of `evaluate.py --task
-prose` and, of a model, the nats that held-out pages cost at each depth; without `--training_text` nothing is sampled. Of
-a rival, which diffusion.py has trained, the images of each sampler are measured.
+prose` and, of a model, the nats that held-out pages cost at each depth; without `--training_text` nothing is sampled.
+Of a rival, which diffusion.py has trained, the images of each sampler are measured.
 """
 
 import statistics
