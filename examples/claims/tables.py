@@ -78,14 +78,16 @@ def show(claim: str, plan: dict, state_dir: Path) -> None:
     print(text)
 
 
-def save_samples(variants: list[str], kind: str, state_dir: Path, path: Path, columns: int = 6) -> None:
-    """Writes a row for each variant that has samples of a kind (a temperature): the first ones of its first seed."""
-    rows = []
+def save_samples(variants: list[str], kinds: list[str], state_dir: Path, path: Path, columns: int = 6) -> None:
+    """Writes a row for each variant that has samples of one of the kinds: the first ones of its first seed."""
+    images = []
     for variant in variants:
-        for folder in sorted(state_dir.glob(f"{variant}/*-measured/samples/{kind}"))[:1]:
-            rows += [Image.open(file) for file in sorted(folder.glob("*.png"))[:columns]]
-    if rows:
-        save_image_grid(rows, columns, path)
+        folders = [
+            folder for kind in kinds for folder in sorted(state_dir.glob(f"{variant}/*-measured/samples/{kind}"))
+        ]
+        images += [Image.open(file) for folder in folders[:1] for file in sorted(folder.glob("*.png"))[:columns]]
+    if images:
+        save_image_grid(images, columns, path)
 
 
 def plot(results: dict[str, list[dict]], panels: list[str], path: Path) -> None:
