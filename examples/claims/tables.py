@@ -1,6 +1,7 @@
 """The tables and plots of a claim, from the results.json of its runs; read by run.py.
 
-A claim's YAML file says under `table` which metrics are shown, and under `plot` what is drawn.
+A claim's YAML file says under `table` and `table_of_images` which metrics are shown, under `plot` what is drawn, under
+`samples` of which temperature or sampler images are shown, and under `tokenizers` what bounds them.
 """
 
 import json
@@ -13,9 +14,19 @@ from PIL import Image
 from dnd_hf.figures import import_figure, markdown_table, save_image_grid
 
 
-def results_of(state_dir: Path, variants: list[str]) -> dict[str, list[dict]]:
-    """The results of each variant that has any, with the perplexities of its texts: one dict a seed."""
-    files = {variant: sorted(state_dir.glob(f"{variant}/*-measured/results.json")) for variant in variants}
+TOKENIZER_COLUMNS = {
+    "psnr": "PSNR, dB",
+    "wrong_letters": "letters that differ",
+    "vocabulary_rate@reconstructions": "words of the text",
+    "vocabulary_rate@real": "words of the text, originals",
+    "ppl@reconstructions": "PPL_OCR",
+    "ppl@real": "PPL_OCR, originals",
+    "shuffled_ppl@real": "originals, words shuffled",
+}
+
+
+def results_of(state_dir: Path, files: dict[str, list[Path]]) -> dict[str, list[dict]]:
+    """The results of each variant's folders that have any, with the perplexities of its texts: one dict a folder."""
     texts: dict[str, dict] = {}
     for file in sorted(state_dir.glob("C*/perplexity*/results.json")):
         for folder, metrics in json.loads(file.read_text()).items():
@@ -24,17 +35,18 @@ def results_of(state_dir: Path, variants: list[str]) -> dict[str, list[dict]]:
     def read(file: Path) -> dict:
         return json.loads(file.read_text()) | texts.get(str(file.parent.relative_to(state_dir)), {})
 
-    return {variant: [read(file) for file in found] for variant, found in files.items() if found}
+    return {name: [read(file) for file in found] for name, found in files.items() if found}
 
 
-def mean_and_spread(values: list[float], digits: int = 3) -> str:
-    """`mean ± standard deviation`, of one value the value."""
-    mean = f"{statistics.mean(values):.{digits}g}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2g}"
+def mean_and_spread(values: list[float], digits: int = 4) -> str:
+    """`mean ± standard deviation`; of one value the value, of values that are all equal that one."""
+    mean = statistics.mean(values)
+    shown = f"{mean:,.0f}" if abs(mean) >= 10**digits else f"{mean:.{digits}g}"
+    return shown if len(set(values)) < 2 else f"{shown} ± {statistics.stdev(values):.2g}"
 
 
 def table(results: dict[str, list[dict]], columns: dict[str, str]) -> str:
-    """A row for each variant; `columns`: metric -> heading. A metric that no seed has is left empty."""
+    """A row for each variant; `columns`: metric -> heading. A metric that no variant has is left out."""
     rows = []
     for variant, seeds in results.items():
         row: dict = {"": variant.rpartition("/")[2], "seeds": len(seeds)}
@@ -59,20 +71,19 @@ def table_of_images(results: dict[str, list[dict]], columns: dict[str, str]) -> 
 
 
 def show(claim: str, plan: dict, state_dir: Path) -> None:
-    """Prints the table of a claim, writes it to CLAIM.md in the state folder, and its plot and samples to CLAIM.png and
-    CLAIM_samples.png."""
-    parts = []
-    for file in sorted(state_dir.glob(f"{claim}/tokenizer-*/results.json")):
-        rows = [{"": file.parent.name, **json.loads(file.read_text())}]
-        parts.append(markdown_table(rows, ["", "psnr", "wrong_letters", "vocabulary_rate@reconstructions"], digits=3))
-    results = results_of(state_dir, list(plan.get("variants", {})))
+    """Prints the tables of a claim; they are in CLAIM.md of the state folder, plot and samples in CLAIM*.png."""
+    variants = list(plan["variants"])
+    tokenizers = {name: sorted(state_dir.glob(f"{name}/results.json")) for name in plan.get("tokenizers", [])}
+    runs = {name: sorted(state_dir.glob(f"{name}/*-measured/results.json")) for name in variants}
+    bounds, results = results_of(state_dir, tokenizers), results_of(state_dir, runs)
+    parts = [table(bounds, TOKENIZER_COLUMNS)] if bounds else []
     if results:
         parts.append(table(results, plan["table"]))
         if "table_of_images" in plan:
             parts.append(table_of_images(results, plan["table_of_images"]))
         if "plot" in plan:
             plot(results, plan["plot"], state_dir / f"{claim}.png")
-    save_samples(list(plan.get("variants", {})), plan["samples"], state_dir, state_dir / f"{claim}_samples.png")
+    save_samples(variants, plan["samples"], state_dir, state_dir / f"{claim}_samples.png")
     text = "\n\n".join(parts) or f"{claim}: nothing is measured yet."
     (state_dir / f"{claim}.md").write_text(text + "\n")
     print(text)
@@ -145,8 +156,8 @@ def _lines(axes, results: dict[str, list[dict]], metric: str) -> None:
             places = sorted(points)
             means = [statistics.mean(points[place]) for place in places]
             axes.plot(places, means, marker="o", label=variant.rpartition("/")[2])
+            axes.legend(fontsize=8)
     axes.set_xlabel("temperature")
-    axes.legend(fontsize=8)
 
 
 def _is_number(text: str) -> bool:
