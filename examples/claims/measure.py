@@ -173,6 +173,7 @@ def training_speed(model: PreTrainedModel, codes: Tensor, steps: int = 7) -> flo
 
 
 def main(args: MeasureArguments) -> None:
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     reader = Reader(args.training_text) if args.training_text else None
     if args.model and is_rival(args.model):
         results = measure_rival(load_rival(Path(args.model)), args, reader)

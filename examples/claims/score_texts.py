@@ -63,6 +63,7 @@ def main() -> None:
     results = {
         str(file.parent): perplexities(file, language_model, args.num_texts, suffix) for file in tqdm(files, "Texts")
     }
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(args.output_dir / "results.json", results)
     print(f"{args.output_dir}/results.json: {len(results)} files of texts")
 
