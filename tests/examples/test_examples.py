@@ -273,16 +273,18 @@ def test_benchmark_times_every_section_and_knows_its_floor(folder):
     launch(ALONE, "benchmark", options, folder)
     rows = json.loads((folder / "benchmark" / "benchmark.json").read_text())["rows"]
     assert [line["section"] for line in rows] == [
-        "decode", "train", *["quantize"] * 2, *["tokenize"] * 3, "extract", *["growth"] * 4, *["architectures"] * 4
+        "decode", "train", *["quantize"] * 2, *["tokenize"] * 3, "extract", *["growth"] * 4, *["architectures"] * 4,
+        "memory",
     ]  # fmt: skip
     assert all(line["ours"] > 0 and "reference" not in line for line in rows)
     assert rows[0]["times_floor"] > 0 and rows[0]["times_packed_floor"] > 0 and rows[1]["mfu"] > 0
     assert rows[0]["first_call_s"] > 0 and rows[0]["passes"] == 4 and rows[0]["first_row_s"] > 0
     assert 0 < rows[6]["grey_levels"] < 255
-    grown = [(line["against"], line["value"]) for line in rows[-8:-4]]
+    grown = [(line["against"], line["value"]) for line in rows[-9:-5]]
     assert grown == [("batch", 2), ("grid", 1), ("grid", 3), ("depth", 4)]
-    sizes = [int(re.search(r"(\d+)M", line["what"])[1]) for line in rows[-4:]]
+    sizes = [int(re.search(r"(\d+)M", line["what"])[1]) for line in rows[-5:-1]]
     assert max(sizes) - min(sizes) <= 0.05 * max(sizes)  # the two architectures have as many parameters
+    assert 0 < rows[-1]["weights_mb"] < rows[-1]["peak_mb"]
     for name in ("growth_batch.png", "growth_grid_depth.png"):
         with Image.open(folder / "benchmark" / name) as plot:
             assert np.ptp(np.asarray(plot.convert("L"))) > 200
