@@ -9,6 +9,7 @@
 
 python examples/generate.py
 python examples/generate.py --model dnd-b --labels tench goldfish 207 --num_images_per_label 4 --guidance_scale 2
+python examples/generate.py --model verses --height 512 --temperature 0.5 --output page.png
 """
 
 import os
@@ -44,6 +45,9 @@ class GenerationArguments(SamplingArguments):
     )
     prompts: list[str] = HfArg(default_factory=list, help="Texts, for a model that reads text instead of labels.")
     num_images_per_label: int = HfArg(default=1, help="Images of each label or prompt, side by side in the grid.")
+    height: int | None = HfArg(default=None, help="Pixels; more than the model's own are made in overlapping windows.")
+    width: int | None = HfArg(default=None, help="Likewise.")
+    overlap: int | None = HfArg(default=None, help="Cells by which these windows overlap; default: half of the grid.")
     seed: int = HfArg(default=0, help="Image i is generated from `seed + i`, whatever the batch size.")
     batch_size: int = HfArg(default=16, help="Images generated at once.")
     device: str | None = HfArg(default=None, help="Default: a GPU where there is one.")
@@ -87,11 +91,12 @@ def main(args: GenerationArguments) -> None:
     conditions = args.prompts or find_labels(pipe, args.labels)
     conditions = [condition for condition in conditions for _ in range(args.num_images_per_label)]
 
+    size = dict(height=args.height, width=args.width, overlap=args.overlap)
     images, started = [], perf_counter()
     for first in range(0, len(conditions), args.batch_size):
         batch = conditions[first : first + args.batch_size]
         generators = [torch.Generator("cpu").manual_seed(args.seed + first + i) for i in range(len(batch))]
-        images += pipe(**{kind: batch}, **args.sampling, generator=generators).images
+        images += pipe(**{kind: batch}, **args.sampling, **size, generator=generators).images
     seconds = perf_counter() - started
 
     columns = args.num_images_per_label if args.num_images_per_label > 1 else max(1, round(len(images) ** 0.5))

@@ -11,6 +11,8 @@ python examples/measure_uses.py --use classify
 python examples/measure_uses.py --use best_of_n
 python examples/measure_uses.py --use restore --num_images 50
 python examples/measure_uses.py --use stream
+python examples/measure_uses.py --use keep
+python examples/measure_uses.py --use larger
 """
 
 import time
@@ -34,13 +36,14 @@ from dnd_hf.evaluation.text_metrics import exact_match
 from dnd_hf.evaluation.words import check_classes
 from dnd_hf.figures import markdown_table
 from dnd_hf.pipelines.candidates import RANKS, best_candidates, candidate_scores
+from dnd_hf.pipelines.inpainting import Hole, hole_of_cells, without_hole
 
 
 @dataclass
 class UsesArguments:
     """Options of this script."""
 
-    use: Literal["classify", "best_of_n", "restore", "stream"] = HfArg(help="What to measure.")
+    use: Literal["classify", "best_of_n", "restore", "stream", "keep", "larger"] = HfArg(help="What to measure.")
     model: str = HfArg(default="words", help="A pipeline of words: a folder, a Hub id or the name of a bundled one.")
     num_images: int = HfArg(default=100, help="Images; their words go round.")
     batch_size: int = HfArg(default=100, help="Sequences that pass the model at a time.")
@@ -200,11 +203,60 @@ def stream(pipe: DnDPipeline, engine: OCREngine, args: UsesArguments) -> list[Ro
     return rows
 
 
+@torch.no_grad()
+def keep(pipe: DnDPipeline, engine: OCREngine, args: UsesArguments) -> list[Row]:
+    """How many of the kept codes are those of the whole image, where half of it is hidden, by what the encoder gets.
+
+    The first codes of the cells count that are kept, a ring of one cell around the hole is not.
+    """
+    pixels = rendered_pixels(args.num_images, args.seed).to(pipe.device)
+    codes = pipe.vqvae.encode(pixels).codes
+    rows = []
+    for name, part in (("right", np.s_[..., pixels.shape[3] // 2 :]), ("lower", np.s_[..., pixels.shape[2] // 2 :, :])):
+        mask = torch.zeros_like(pixels[:, :1], dtype=torch.bool)
+        mask[part] = True
+        cells = hole_of_cells(mask, pipe.vqvae.code_stride, ring=1)
+        kept = Hole(pixels, mask, cells, pipe.vqvae.code_stride, feather=0).encoded(
+            lambda x: pipe.vqvae.encode(x).codes
+        )
+        filled = pipe.vqvae.encode(without_hole(pixels, mask)).codes
+        same = {"kept part by itself": kept, "hole of the mean colour": filled}
+        shares = {how: (one == codes)[..., 0][~cells].float().mean().item() for how, one in same.items()}
+        rows.append({"hidden half": name, **shares})
+    return rows
+
+
+@torch.no_grad()
+def larger(pipe: DnDPipeline, engine: OCREngine, args: UsesArguments) -> list[Row]:
+    """The PSNR (pixels in [-1, 1]) of images of two rendered words from the codes of each, whole and in tiles."""
+    words = rendered_pixels(2 * args.num_images, args.seed).to(pipe.device)
+    codes = pipe.vqvae.encode(words).codes
+    rows = []
+    for name, axis in (("one below the other", 0), ("side by side", 1)):
+        pixels = torch.cat(words.chunk(2), dim=2 + axis)
+        both = torch.cat(codes.chunk(2), dim=1 + axis)
+        row: Row = {"two words": name}
+        for how, tiled in (("decoded whole", False), ("decoded in tiles", True)):
+            sample = pipe.vqvae.decode_codes(both, tiled=tiled).sample.clamp(-1, 1)
+            row[how] = (10 * torch.log10(4 / (sample - pixels).square().mean((1, 2, 3)))).mean().item()
+        rows.append(row)
+    return rows
+
+
+def rendered_pixels(count: int, seed: int) -> torch.Tensor:
+    """Freshly rendered words, `(count, 3, H, W)` in [-1, 1]."""
+    dataset = WordImages(count, seed=REAL_SEED + seed)
+    pixels = np.stack([np.asarray(dataset[i]["image"].convert("RGB")) for i in range(count)])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 USES: dict[str, Callable[[DnDPipeline, OCREngine, UsesArguments], list[Row]]] = {
     "classify": classify,
     "best_of_n": best_of_n,
     "restore": restore,
     "stream": stream,
+    "keep": keep,
+    "larger": larger,
 }
 
 

@@ -172,13 +172,19 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     @apply_forward_hook
-    def encode(self, images: Tensor, return_dict: bool = True) -> RQVAEEncoderOutput | tuple[Tensor, ...]:
+    def encode(
+        self, images: Tensor, return_dict: bool = True, tiled: bool | None = None
+    ) -> RQVAEEncoderOutput | tuple[Tensor, ...]:
         """Images `(batch, in_channels, H, W)` in [-1, 1], H and W multiples of `code_stride`, to latents and codes.
 
         The codebooks are never updated here. Raises ValueError on any other image shape, and on images or weights whose
         latents are not finite (a compiled graph does not look).
+
+        Args:
+            tiled: whether images larger than `sample_size` are encoded in tiles of that size, which overlap and are
+                blended; `None`: as `enable_tiling()` says.
         """
-        latents = self._encode(images)
+        latents = self._encode(images, tiled)
         _check_latents(latents, images)
         cells = self.cell_vectors(latents)
         codes = self.quantizer.encode(cells)
@@ -204,13 +210,14 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @apply_forward_hook
     def decode_codes(
-        self, codes: Tensor, depth: int | None = None, return_dict: bool = True
+        self, codes: Tensor, depth: int | None = None, return_dict: bool = True, tiled: bool | None = None
     ) -> DecoderOutput | tuple[Tensor]:
         """Codes `(batch, height, width, code_depth)` to images `(batch, out_channels, H, W)`, not clamped.
 
         Args:
             codes: integers in `[0, num_vq_embeddings)`, any grid size.
             depth: use only the first `depth` codes of each position, a coarse-to-fine preview; `None`: all.
+            tiled: as in [`encode`].
 
         Raises:
             ValueError: codes of another shape, dtype or range, or a depth outside `[1, code_depth]`.
@@ -221,7 +228,7 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
             raise ValueError(f"`codes` must be (batch, height, width, {limit}), got shape {tuple(codes.shape)}.")
         if depth is not None:
             depth = whole_number("depth", depth, maximum=limit)
-        sample = self._decode(self._from_cells(self.quantizer.decode(codes.long(), depth).to(self.dtype)))
+        sample = self._decode(self._from_cells(self.quantizer.decode(codes.long(), depth).to(self.dtype)), tiled)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(
@@ -261,7 +268,7 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         cells = cells.permute(0, 2, 4, 3, 5, 1).reshape(batch, height // rows, width // columns, -1)
         return F.normalize(cells, dim=-1) if self.config.normalize_codes else cells
 
-    def _encode(self, images: Tensor) -> Tensor:
+    def _encode(self, images: Tensor, tiled: bool | None = None) -> Tensor:
         channels, (row_stride, column_stride) = self.config.in_channels, self.code_stride
         if not isinstance(images, Tensor) or not images.is_floating_point():
             given = images.dtype if isinstance(images, Tensor) else type(images).__name__
@@ -272,7 +279,8 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
                 f"`images` must be (batch, {channels}, height, width) with height a multiple of {row_stride} and width"
                 f" of {column_stride}, got shape {tuple(images.shape)}."
             )
-        return self._in_parts(lambda x: self.quant_conv(self.encoder(x)), images, self.tile_size, 1 / self.stride)
+        scale = 1 / self.stride
+        return self._in_parts(lambda x: self.quant_conv(self.encoder(x)), images, self.tile_size, scale, tiled)
 
     def _check_decoded(self, latents: Tensor) -> None:
         channels, (rows, columns) = self.post_quant_conv.in_channels, self.config.code_patch_size
@@ -285,9 +293,9 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
                 f" and width of {columns}, got {given}."
             )
 
-    def _decode(self, latents: Tensor) -> Tensor:
+    def _decode(self, latents: Tensor, tiled: bool | None = None) -> Tensor:
         tile = tuple(size // self.stride for size in self.tile_size)
-        return self._in_parts(lambda x: self.decoder(self.post_quant_conv(x)), latents, tile, self.stride)
+        return self._in_parts(lambda x: self.decoder(self.post_quant_conv(x)), latents, tile, self.stride, tiled)
 
     def _from_cells(self, cells: Tensor) -> Tensor:
         rows, columns = self.config.code_patch_size
@@ -295,10 +303,12 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         latents = cells.view(batch, height, width, rows, columns, -1).permute(0, 5, 1, 3, 2, 4)
         return latents.reshape(batch, -1, height * rows, width * columns)
 
-    def _in_parts(self, fn: Callable, x: Tensor, tile: tuple[int, int], scale: float) -> Tensor:
+    def _in_parts(
+        self, fn: Callable, x: Tensor, tile: tuple[int, int], scale: float, tiled: bool | None = None
+    ) -> Tensor:
         if self.use_slicing and len(x) > 1:
-            return torch.cat([self._in_parts(fn, part, tile, scale) for part in x.split(1)])
-        if self.use_tiling and (x.shape[2] > tile[0] or x.shape[3] > tile[1]):
+            return torch.cat([self._in_parts(fn, part, tile, scale, tiled) for part in x.split(1)])
+        if (self.use_tiling if tiled is None else tiled) and (x.shape[2] > tile[0] or x.shape[3] > tile[1]):
             return _tiled(fn, x, tile, scale)
         return fn(x)
 

@@ -40,3 +40,16 @@ def call_after_step(
         if returned is not codes and not torch.equal(returned, codes):
             raise ValueError("`callback_on_step_end` must not change the codes: they cannot be replaced.")
     return pipe.interrupt
+
+
+def step_function(
+    callback: StepCallback | None, tensor_inputs: Sequence[str], pipe: Any, progress: Any
+) -> Callable[[int, Tensor], bool]:
+    """What `generate` is to call after each position: [`call_after_step`], and then a step of the progress bar."""
+
+    def on_step(step: int, codes: Tensor) -> bool:
+        ended = call_after_step(callback, tensor_inputs, pipe, step, codes)
+        progress.update()
+        return ended
+
+    return on_step

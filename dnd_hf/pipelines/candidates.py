@@ -34,10 +34,47 @@ def check_candidates(num_candidates: int, rank_by: Rank | None, transformer: Any
     return rank_by
 
 
-def candidate_scores(rank_by: str, transformer: Any, conditions: Tensor, codes: Tensor) -> Tensor:
+def best_of(
+    codes: Tensor,
+    num_candidates: int,
+    rank_by: Rank,
+    transformer: Any,
+    conditions: Tensor,
+    overlap: int | tuple[int, int] | None,
+    labels: Sequence,
+    decode: Callable[[Tensor], list],
+) -> Tensor:
+    """Of the codes of all candidates those of the best, one for each image.
+
+    Args:
+        codes: `(num_candidates * images, height, width, depth)`, all images of the first candidate, then those of the
+            second, and so on.
+        conditions: of these codes.
+        overlap: of the windows of images that are larger than the transformer's grid.
+        labels: of the images, or of several side by side, for a function.
+        decode: makes PIL images of codes, for a function.
+    """
+    if callable(rank_by):
+        images = len(codes) // num_candidates
+        of_images = [labels[i // (images // len(labels))] for i in range(images)]
+        scores = checked_scores(rank_by(decode(codes), of_images * num_candidates), len(codes), codes.device)
+    else:
+        scores = candidate_scores(rank_by, transformer, conditions, codes, overlap)
+    return codes[best_candidates(scores, num_candidates)]
+
+
+def candidate_scores(
+    rank_by: str,
+    transformer: Any,
+    conditions: Tensor,
+    codes: Tensor,
+    overlap: int | tuple[int, int] | None = None,
+) -> Tensor:
     """`(n,)`: the log-probability of codes under their conditions, with `"guidance"` less that under none."""
-    scores = transformer.score(conditions, codes).total
-    return scores - transformer.score(None, codes).total if rank_by == "guidance" else scores
+    scores = transformer.outpaint_log_probs(conditions, codes, overlap).sum((1, 2, 3))
+    if rank_by == "guidance":
+        scores = scores - transformer.outpaint_log_probs(None, codes, overlap).sum((1, 2, 3))
+    return scores
 
 
 def checked_scores(scores: Any, count: int, device: torch.device) -> Tensor:

@@ -11,7 +11,8 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from ..ops.number_checks import whole_number
-from .user_images import image_tensor
+from .conditions import read_conditions
+from .user_images import encoded, image_tensor
 
 
 @dataclass
@@ -73,7 +74,8 @@ class LikelihoodMixin(DiffusionPipeline):
         pixels = self._checked_images(images)
         conditions, config = None, self.transformer.config
         if class_labels is not None or prompt is not None or config.num_classes == 1:
-            conditions = self._conditions(class_labels, prompt).to(self._execution_device)
+            conditions = read_conditions(self.transformer, self.tokenizer, class_labels, prompt)
+            conditions = conditions.to(self._execution_device)
             if len(conditions) not in (1, len(pixels)):
                 raise ValueError(
                     f"`class_labels` must be one, or one for each of {len(pixels)} images, got {len(conditions)}."
@@ -81,7 +83,7 @@ class LikelihoodMixin(DiffusionPipeline):
             conditions = conditions.expand(len(pixels), *conditions.shape[1:])
         elif not config.has_null_class:
             raise ValueError("`class_labels` must be given: this model has no null class (`class_dropout_prob` 0).")
-        codes = self._encode(pixels, batch_size)
+        codes = encoded(self.vqvae, pixels, self._execution_device, batch_size)
         scores = self.transformer.score(conditions, codes, batch_size=batch_size)
         self.maybe_free_model_hooks()
         bits_per_pixel = -scores.total / (math.log(2) * pixels.shape[2] * pixels.shape[3])
@@ -117,7 +119,7 @@ class LikelihoodMixin(DiffusionPipeline):
                 f" {tuple(priors.shape)}."
             )
         pixels = self._checked_images(images)
-        codes = self._encode(pixels, batch_size)
+        codes = encoded(self.vqvae, pixels, self._execution_device, batch_size)
         classes = priors.nonzero().flatten().to(codes.device)
         pairs = torch.cartesian_prod(torch.arange(len(codes), device=codes.device), classes)
         totals = []
@@ -132,20 +134,15 @@ class LikelihoodMixin(DiffusionPipeline):
         log_probs = (log_likelihoods + priors.log().to(codes.device)).log_softmax(-1)
         return ImageClasses(labels=log_probs.argmax(-1), log_probs=log_probs)
 
-    def _checked_images(self, images: Any, name: str = "images") -> Tensor:
+    def _checked_images(self, images: Any) -> Tensor:
         """Pixels `(n, 3, H, W)` in [-1, 1], of the size that the transformer's grid has."""
         if self.vqvae is None:
-            raise ValueError(f"`{name}` need a pipeline with a `vqvae`.")
+            raise ValueError("`images` need a pipeline with a `vqvae`.")
         height, width = self._image_size
-        return image_tensor(images, (height, width), name)
+        return image_tensor(images, (height, width))
 
     @property
     def _image_size(self) -> tuple[int, int]:
         """(height, width) in pixels of the transformer's grid."""
         rows, columns = (n * step for n, step in zip(self.transformer.config.grid_size, self.vqvae.code_stride))
         return rows, columns
-
-    def _encode(self, pixels: Tensor, batch_size: int) -> Tensor:
-        """Pixels in [-1, 1] to codes, on the device of the sampling."""
-        pixels = pixels.to(self._execution_device, self.vqvae.dtype)
-        return torch.cat([self.vqvae.encode(part).codes for part in pixels.split(batch_size)])

@@ -1,7 +1,6 @@
 """DnDPipeline: class labels or prompts in, images out."""
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -13,16 +12,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..generation.noise import checked_generators
 from ..generation.settings import SamplingSettings
 from ..ops.number_checks import whole_number
-from .callbacks import CALLBACK_TENSORS, StepCallback, call_after_step, checked_tensor_inputs
-from .candidates import Rank, best_candidates, candidate_scores, check_candidates, checked_scores
-from .inpainting import Hole, check_inpainting, hole_in
+from .callbacks import CALLBACK_TENSORS, StepCallback, checked_tensor_inputs, step_function
+from .candidates import Rank, best_of, check_candidates
+from .conditions import ids_of_names, named_labels, read_conditions
+from .inpainting import check_inpainting, hole_in
 from .likelihood import LikelihoodMixin
-from .prompts import prompt_tokens
+from .outpainting import checked_canvas
+from .sampling import check_output_type, decoded, sample_codes
 from .saving import SavingMixin
 from .streaming import StreamingMixin
-
-
-OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 
 
 class DnDPipeline(SavingMixin, LikelihoodMixin, StreamingMixin, DiffusionPipeline):
@@ -86,11 +84,7 @@ class DnDPipeline(SavingMixin, LikelihoodMixin, StreamingMixin, DiffusionPipelin
     @property
     def labels(self) -> dict[str, int]:
         """Class names and their ids; a name such as "tench, Tinca tinca" also counts for each of its parts."""
-        labels: dict[str, int] = {}
-        for index, name in sorted(self.transformer.config.id2label.items()):
-            for part in (name, *name.split(",")):
-                labels.setdefault(part.strip(), index)
-        return labels
+        return named_labels(self.transformer.config)
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
         """The ids of class names.
@@ -98,16 +92,7 @@ class DnDPipeline(SavingMixin, LikelihoodMixin, StreamingMixin, DiffusionPipelin
         Raises:
             ValueError: a name is unknown; the message proposes near ones.
         """
-        labels, ids = self.labels, []
-        for name in [label] if isinstance(label, str) else label:
-            if name not in labels:
-                known = {one.lower(): one for one in labels}
-                near = [known[one] for one in get_close_matches(name.lower(), known, n=3, cutoff=0.5)]
-                few = ", ".join(map(repr, labels)) if len(labels) <= 20 else "`pipe.labels` lists them"
-                hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"{few}."
-                raise ValueError(f"`class_labels` must be names of this model's classes, got {name!r}: {hint}")
-            ids.append(labels[name])
-        return ids
+        return ids_of_names(self.transformer.config, label)
 
     @torch.no_grad()
     def __call__(
@@ -133,6 +118,9 @@ class DnDPipeline(SavingMixin, LikelihoodMixin, StreamingMixin, DiffusionPipelin
         num_particles: int = 1,
         num_candidates: int = 1,
         rank_by: Rank | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        overlap: int | tuple[int, int] | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Makes `num_images_per_label` images of each label or prompt, those of one label side by side.
 
@@ -147,18 +135,20 @@ class DnDPipeline(SavingMixin, LikelihoodMixin, StreamingMixin, DiffusionPipelin
             output_type: `"pil"`, `"np"` (float `(n, H, W, 3)` in [0, 1]), `"pt"` (float `(n, 3, H, W)` in [0, 1]) or
                 `"codes"` (int64 `(n, height, width, depth)`).
             return_dict: whether to return an `ImagePipelineOutput` or the tuple `(images,)`.
-            callback_on_step_end: called as `callback(pipe, step, step, tensors)` after each of the `height * width`
-                grid positions. It may look at the codes but not replace them: the next position has already read them.
-                Where it sets `pipe._interrupt = True`, the sampling ends, and the images are made of the codes so far,
-                the others being 0. With candidates the codes are those of all: every image, then every image again.
+            callback_on_step_end: called as `callback(pipe, step, step, tensors)` after each position of the grid. It
+                may look at the codes but not replace them: the next position has already read them. Where it sets
+                `pipe._interrupt = True`, the sampling ends, and the images are made of the codes so far, the others
+                being 0. With candidates the codes are those of all: every image, then every image again.
             callback_on_step_end_tensor_inputs: which tensors it gets; `"codes"`, a copy of the codes so far, or none.
             prompt: text, one or several, for a transformer that reads text, by the pipeline's `tokenizer`. What is
                 longer than `prompt_length` tokens is cut, with a warning.
-            image: fill in a part of it; one for all labels, or one for each, of the model's size, see [`image_tensor`]
-                for the types. The pixels outside of the mask stay as they are.
-            mask_image: likewise, white where the image is to be filled, see [`mask_tensor`]. The codes of all cells
-                with such a pixel are sampled; the other cells keep those of the image, its hole having the mean colour.
-            mask_ring: so many cells around them are sampled too: their codes saw the hole through the encoder.
+            image: fill in a part of it, or go on from it: one for all labels, or one for each, see [`image_tensor`] for
+                the types. Its pixels stay as they are, but for those under the mask. Without a mask it is smaller than
+                what is made, stands at the top left, and what is to the right of it and below is made.
+            mask_image: one or several as well, of the size that is made, white where the image is to be filled, see
+                [`mask_tensor`]. The codes of all cells with such a pixel are sampled; the other cells keep those of the
+                image, whose encoder sees nothing of the hole, see [`known_box`].
+            mask_ring: so many cells around them are sampled too: their codes would be others without the hole.
             feather: so many pixels around the mask are blended from the image to what the model made.
             num_particles: continuations of each image, weighted by what they say of the kept codes that come after
                 them, see [`inpaint`]; 1: each code is sampled from what comes before it, and no more.
@@ -168,20 +158,25 @@ class DnDPipeline(SavingMixin, LikelihoodMixin, StreamingMixin, DiffusionPipelin
                 divided by their probability under none. Or a function that is called with a list of PIL images and the
                 list of their class ids, or prompts, and returns a number for each: the highest is the best, and of
                 equal ones the first.
+            height, width: of the images, in pixels: multiples of a cell's, at least the model's own, which are the
+                default. Larger images are made in windows of the model's size, which overlap; a code knows only those
+                before it in its window, see [`outpaint`]. The decoder, too, gets them in parts of the model's size.
+            overlap: of these windows, in cells, at least: one number, or (rows, columns); `None`: half of the model's.
 
         Raises:
             ValueError: an argument out of its range, nothing has been computed then; or codes that a callback changed.
         """
         # 1. Check the inputs
-        self.check_inputs(num_images_per_label, output_type)
+        has_vqvae, num_images = self.vqvae is not None, whole_number("num_images_per_label", num_images_per_label)
+        check_output_type(output_type, has_vqvae)
         tensor_inputs = checked_tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        rank_by = check_candidates(num_candidates, rank_by, self.transformer, self.vqvae is not None)
-        check_inpainting(image, mask_image, mask_ring, feather, num_particles)
-        conditions, hole = self._conditions(class_labels, prompt).to(self._execution_device), None
+        rank_by = check_candidates(num_candidates, rank_by, self.transformer, has_vqvae)
+        canvas, hole = checked_canvas(self.transformer, self.vqvae, height, width, overlap), None
+        check_inpainting(image, mask_image, mask_ring, feather, num_particles, canvas.larger, has_vqvae)
+        conditions = read_conditions(self.transformer, self.tokenizer, class_labels, prompt)
         if image is not None:
-            sizes = (self._checked_images(image, "image"), mask_image, self.vqvae.code_stride, mask_ring, feather)
-            hole = hole_in(*sizes, len(conditions), int(num_images_per_label))
-        conditions = conditions.repeat_interleave(int(num_images_per_label), dim=0)
+            hole = hole_in(image, mask_image, canvas, mask_ring, feather, len(conditions), num_images)
+        conditions = conditions.to(self._execution_device).repeat_interleave(num_images, dim=0)
         generator = checked_generators(generator, len(conditions))
         settings: dict[str, Any] = dict(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k)
         settings |= dict(top_p=top_p, guidance_schedule=guidance_schedule, guidance_power=guidance_power)
@@ -191,85 +186,19 @@ class DnDPipeline(SavingMixin, LikelihoodMixin, StreamingMixin, DiffusionPipelin
         self._interrupt = False
         candidates = conditions.repeat(num_candidates, *[1] * (conditions.ndim - 1))
         settings["generator"] = generator * num_candidates if isinstance(generator, list) else generator
-        with self.progress_bar(total=self.transformer.config.sequence_length) as progress:
-
-            def on_step(step: int, codes: Tensor) -> bool:
-                ended = call_after_step(callback_on_step_end, tensor_inputs, self, step, codes)
-                progress.update()
-                return ended
-
-            codes = self._sample(candidates, hole, num_particles, callback=on_step, **settings)
+        with self.progress_bar(total=canvas.grid_size[0] * canvas.grid_size[1]) as progress:
+            settings["callback"] = step_function(callback_on_step_end, tensor_inputs, self, progress)
+            codes = sample_codes(self.transformer, self.vqvae, candidates, canvas, hole, num_particles, **settings)
 
         # 3. Choose the best candidates
+        def decode(codes: Tensor, output_type: str = "pil"):
+            return decoded(self.vqvae, self.image_processor, codes, canvas, hole, output_type)
+
         if num_candidates > 1:
-            if callable(rank_by):
-                labels = [prompt] if isinstance(prompt, str) else prompt or conditions.tolist()
-                labels = [labels[i // (len(conditions) // len(labels))] for i in range(len(conditions))]
-                ranks = rank_by(self._decoded(codes, hole, "pil"), labels * num_candidates)
-                scores = checked_scores(ranks, len(codes), codes.device)
-            else:
-                scores = candidate_scores(rank_by, self.transformer, candidates, codes)
-            codes = codes[best_candidates(scores, num_candidates)]
+            labels = [prompt] if isinstance(prompt, str) else prompt or conditions.tolist()
+            codes = best_of(codes, num_candidates, rank_by, self.transformer, candidates, overlap, labels, decode)
 
         # 4. Decode them
-        images = codes if output_type == "codes" else self._decoded(codes, hole, output_type)
+        images = codes if output_type == "codes" else decode(codes, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _sample(self, conditions: Tensor, hole: Hole | None, num_particles: int, **settings) -> Tensor:
-        """Codes of images, where there is a hole beside those that are kept."""
-        if hole is None:
-            return self.transformer.generate(conditions, **settings)
-        codes = self._encode(hole.visible, batch_size=64)
-        codes_mask = hole.codes_mask(codes.shape[-1]).to(codes.device)
-        times = len(conditions) // len(codes)
-        given = dict(codes=codes.repeat(times, 1, 1, 1), codes_mask=codes_mask.repeat(times, 1, 1, 1))
-        if num_particles == 1:
-            return self.transformer.generate(conditions, **given, **settings)
-        return self.transformer.inpaint(conditions, **given, num_particles=num_particles, **settings)
-
-    def _decoded(self, codes: Tensor, hole: Hole | None, output_type: str):
-        """The images of codes, with the user's pixels around a hole."""
-        sample = self.vqvae.decode_codes(codes).sample
-        if hole is not None:
-            sample = hole.composited(sample)
-        return self.image_processor.postprocess(sample, output_type=output_type)
-
-    def check_inputs(self, num_images_per_label: int, output_type: str) -> None:
-        """Raises a ValueError for an argument of `__call__` that it does not pass on."""
-        allowed = OUTPUT_TYPES if self.vqvae is not None else ("codes",)
-        if output_type not in allowed:
-            without = "" if self.vqvae is not None else " of a pipeline without a `vqvae`"
-            raise ValueError(f"`output_type`{without} must be one of {allowed}, got {output_type!r}.")
-        whole_number("num_images_per_label", num_images_per_label)
-
-    def _conditions(self, class_labels, prompt: str | Sequence[str] | None) -> Tensor:
-        """`(n,)` class labels, or `(n, prompt_length)` text tokens."""
-        if prompt is not None and class_labels is not None:
-            raise ValueError("`prompt` and `class_labels` must not both be given.")
-        length = getattr(self.transformer.config, "prompt_length", 0)
-        if prompt is not None:
-            return prompt_tokens(self.tokenizer, prompt, length)
-        if not length:
-            return torch.tensor(self._label_ids(class_labels))
-        if class_labels is None:
-            raise ValueError("`prompt` must be given: this model reads text.")
-        return self.transformer.check_conditions(class_labels)
-
-    def _label_ids(self, class_labels) -> list[int]:
-        num_classes = self.transformer.config.num_classes
-        if class_labels is None:
-            if num_classes > 1:
-                raise ValueError(f"`class_labels` must be given: this model has {num_classes} classes.")
-            class_labels = 0
-        if hasattr(class_labels, "tolist"):  # tensors and arrays
-            class_labels = class_labels.tolist()
-        if isinstance(class_labels, (int, float, str)):
-            class_labels = [class_labels]
-        class_labels = [label.item() if hasattr(label, "item") else label for label in class_labels]
-        ids = [self.get_label_ids(label)[0] if isinstance(label, str) else label for label in class_labels]
-        wrong = [label for label in ids if isinstance(label, bool) or not isinstance(label, int)]
-        wrong = wrong or [label for label in ids if not 0 <= label < num_classes]
-        if wrong or not ids:
-            raise ValueError(f"`class_labels` must be names or integers in [0, {num_classes}), got {wrong or ids}.")
-        return ids

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from .callbacks import CALLBACK_TENSORS, StepCallback, call_after_step, checked_tensor_inputs
+from .conditions import read_conditions
 
 
 ORDERS = ("rows", "depth")
@@ -57,7 +58,8 @@ class StreamingMixin(DiffusionPipeline):
         if self.vqvae is None:
             raise ValueError("`stream` needs a pipeline with a `vqvae`.")
         tensor_inputs = checked_tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        conditions = self._conditions(class_labels, prompt).to(self._execution_device)
+        conditions = read_conditions(self.transformer, self.tokenizer, class_labels, prompt)
+        conditions = conditions.to(self._execution_device)
         if len(conditions) != 1:
             raise ValueError(f"`class_labels` must be one label: `stream` makes one image, got {len(conditions)}.")
         steps = self.transformer.generate_steps(conditions, generator=generator, **settings)

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
@@ -68,16 +69,44 @@ def mask_tensor(mask_image: Any, size: tuple[int, int]) -> Tensor:
     return mask
 
 
+def size_of_images(images: Any, name: str) -> tuple[int, int]:
+    """(height, width) of images of the types of [`image_tensor`], of the first where there are several.
+
+    Raises:
+        ValueError: other types, or no image.
+    """
+    first = _typed(images, name)[0]
+    if isinstance(first, Image.Image):
+        return first.height, first.width
+    if first.ndim < 3:
+        raise ValueError(
+            f"`{name}` must have shape (3, height, width) or (height, width, 3), got {tuple(first.shape)}."
+        )
+    height, width = first.shape[-2:] if isinstance(first, Tensor) else first.shape[-3:-1]
+    return height, width
+
+
+def encoded(vqvae: ModelMixin, pixels: Tensor, device: torch.device, batch_size: int = 64, **options) -> Tensor:
+    """Codes of pixels `(n, 3, H, W)` in [-1, 1], on a device; `options` are those of [`RQVAE.encode`]."""
+    parts = pixels.to(device, vqvae.dtype).split(batch_size)
+    return torch.cat([vqvae.encode(part, **options).codes for part in parts])
+
+
 def _listed(images: Any, size: tuple[int, int], name: str) -> list:
     """One or several of a known type as a list; PIL images have the size."""
+    given = _typed(images, name)
+    for one in given:
+        if isinstance(one, Image.Image) and one.size != size[::-1]:
+            raise ValueError(
+                f"`{name}` must be {size[0]} pixels high and {size[1]} wide, got {one.height} and {one.width}."
+            )
+    return given
+
+
+def _typed(images: Any, name: str) -> list:
+    """One or several of a known type as a list."""
     given = list(images) if isinstance(images, (list, tuple)) else [images]
     if not given or not any(all(isinstance(one, kind) for one in given) for kind in IMAGE_TYPES):
         types = ", ".join(sorted({type(one).__name__ for one in given}))
         raise ValueError(f"`{name}` must be PIL images, arrays or tensors, one or a list of one type, got [{types}].")
-    for one in given:
-        if isinstance(one, Image.Image) and one.size != size[::-1]:
-            raise ValueError(
-                f"`{name}` must be {size[0]} pixels high and {size[1]} wide, as the model's grid, got {one.height} and"
-                f" {one.width}."
-            )
     return given

@@ -206,6 +206,8 @@ def test_generate_takes_prompts_for_a_model_that_reads_text(make_rq_model, make_
     run("--prompts", "a house", "a red house", "--num_images_per_label", "2")
     alone = pipe(prompt="a red house", generator=2).images[0]
     assert (np.array(Image.open("single/000002_prompt1_seed2.png")) == np.array(alone)).all()
+    run("--prompts", "a house", "--height", "8", "--overlap", "1")
+    assert Image.open("single/000000_prompt0_seed0.png").size == (6, 8)
     with pytest.raises(ValueError, match="`prompts` are needed"):
         run()
 

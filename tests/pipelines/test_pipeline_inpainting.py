@@ -5,7 +5,7 @@ import PIL.Image
 import pytest
 import torch
 
-from dnd_hf.pipelines.inpainting import composited, hole_of_cells
+from dnd_hf.pipelines.inpainting import Hole, composited, hole_of_cells
 
 
 @pytest.fixture(params=["make_pipeline", "make_rq_pipeline"])
@@ -38,10 +38,10 @@ def test_the_pixels_outside_of_the_mask_stay_and_those_inside_are_made(pipe, ima
 def test_cells_without_a_masked_pixel_keep_their_codes_and_the_others_are_sampled_after_them(pipe, image):
     options = dict(image=image, mask_image=mask(rows=slice(3, 4)), mask_ring=0, generator=0, output_type="codes")
     codes = pipe(1, **options).images
-    filled = torch.tensor(np.asarray(image), dtype=torch.float32).permute(2, 0, 1)[None] / 127.5 - 1
-    filled[:, :, 3:] = filled[:, :, :3].mean((2, 3), keepdim=True)
+    seen = torch.tensor(np.asarray(image), dtype=torch.float32).permute(2, 0, 1)[None] / 127.5 - 1
+    seen[:, :, 2:] = seen[:, :, 1:2]  # the whole cells, and below them one more of the pixels at their side
     with torch.no_grad():
-        encoded = pipe.vqvae.encode(filled).codes
+        encoded = pipe.vqvae.encode(seen).codes
     kept = torch.zeros_like(encoded, dtype=torch.bool)
     kept[:, :1] = True
     assert torch.equal(codes, pipe.transformer.generate([1], codes=encoded, codes_mask=kept, generator=0))
@@ -55,6 +55,38 @@ def test_what_was_in_the_hole_changes_nothing(num_particles, pipe, image):
     options = dict(mask_image=mask(rows=slice(2, 4)), mask_ring=0, generator=0, num_particles=num_particles)
     first, second = (pipe(1, image=one, **options).images[0] for one in (image, PIL.Image.fromarray(other)))
     np.testing.assert_array_equal(pixels(first), pixels(second))
+
+
+def test_a_hole_between_kept_cells_has_the_mean_colour_of_the_rest_of_the_box_around_them():
+    """A grid of 3 x 4 cells of 2 x 2 pixels: the hole in the first row, the last column is beyond the box."""
+    pixels = torch.rand(1, 3, 6, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(1, 1, 6, 8, dtype=torch.bool)
+    mask[..., :2, 2:4] = mask[..., 7] = True
+    seen = []
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        seen.append(images)
+        return torch.arange(12).view(1, 3, 4, 1)
+
+    cells = hole_of_cells(mask, (2, 2), 0)
+    codes = Hole(pixels, mask, cells, (2, 2), feather=0).encoded(encode)
+    assert torch.equal(codes[..., :3, 0], torch.arange(12).view(1, 3, 4)[..., :3])
+    expected = pixels[..., [0, 1, 2, 3, 4, 5, 5, 5]].clone()
+    expected[..., :2, 2:4] = pixels[..., :6].masked_fill(mask[..., :6], 0).sum((2, 3), keepdim=True) / 32
+    torch.testing.assert_close(seen[0], expected)
+
+
+def test_each_image_of_a_batch_is_encoded_as_by_itself():
+    pixels = torch.rand(3, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(3, 1, 4, 6, dtype=torch.bool)
+    mask[0, :, 2:] = mask[1, :, :, 4:] = mask[2, :, 2:] = True
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        return images[:, :1, ::2, ::2].permute(0, 2, 3, 1)
+
+    cells = hole_of_cells(mask, (2, 2), 0)
+    codes = Hole(pixels, mask, cells, (2, 2), feather=0).encoded(encode)
+    assert torch.equal(codes[~cells], pixels[:, 0, ::2, ::2][~cells][:, None])
 
 
 def test_a_ring_of_cells_around_the_mask_is_sampled_too():
@@ -109,8 +141,8 @@ def test_masks_of_all_types_mean_the_same(pipe, image):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(mask_image=None), "`image` and `mask_image` must be given together"),
-        (dict(image=None), "`image` and `mask_image` must be given together"),
+        (dict(mask_image=None), "`image` without a `mask_image` must be smaller than what is made, 4 x 6 pixels"),
+        (dict(image=None), "`mask_image` needs an `image`"),
         (dict(mask_image=mask()), "`mask_image` must be white where .* and black"),
         (dict(mask_image=mask(rows=slice(0, 0))), "`mask_image` must be white where .* and black"),
         (dict(mask_image=mask().resize((6, 6))), "`mask_image` must be 4 pixels high and 6 wide"),
@@ -120,7 +152,7 @@ def test_masks_of_all_types_mean_the_same(pipe, image):
         (dict(mask_image=[mask(rows=slice(2, 4))] * 3), "`mask_image` must be one, or one for each of 1 labels, got 3"),
         (dict(image=np.zeros((2, 4, 6, 3))), "`image` must be one, or one for each of 1 labels, got 2"),
         (dict(image=np.zeros((4, 8, 3))), "`image` must have shape"),
-        (dict(mask_ring=1), "`mask_image` must leave a cell"),
+        (dict(mask_ring=1), "`image` must have a cell that is kept"),
         (dict(mask_ring=-1), "`mask_ring` must be at least 0"),
         (dict(feather=0.5), "`feather` must be a whole number"),
         (dict(temperature=0), "`temperature` must be"),
