@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from dnd_hf import DnDPipeline
 from dnd_hf.conversion import convert_prompt_tokenizer
 from dnd_hf.pipelines import prompts
+from dnd_hf.pipelines.modular import DnDModularPipeline
 
 
 WORDS = ["a", "red", "blue", "house"]
@@ -85,6 +86,14 @@ def test_a_saved_pipeline_keeps_its_tokenizer(load, pipe, tmp_path):
         for folder in map(Path, (tmp_path / "saved", tmp_path / "again"))
     ]
     assert names[0] == names[1]
+
+
+def test_the_blocks_of_a_saved_pipeline_read_prompts_too(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    blocks = DnDModularPipeline.from_pretrained(str(tmp_path))
+    blocks.load_components()
+    options = dict(prompt=["a red house", "blue"], generator=[0, 1], output_type="codes")
+    assert torch.equal(blocks(output="images", **options), pipe(**options).images)
 
 
 def test_without_a_tokenizer_token_ids_are_taken_and_prompts_refused(pipe, tmp_path):
