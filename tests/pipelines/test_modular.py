@@ -126,14 +126,13 @@ def test_a_modular_pipeline_is_saved_and_loaded_from_where_it_lies(make_pipeline
     [
         (dict(class_labels="cat"), "`class_labels` must be names"),
         (dict(class_labels=1, height=5), "`height` must be a multiple of 2"),
-        (dict(class_labels=1, mask_image=WHITE), "Required input 'image' is missing"),
+        (dict(class_labels=1, mask_image=WHITE), "`mask_image` needs an `image`"),
         (dict(class_labels=1, image=IMAGE), "`image` without a `mask_image` must be smaller"),
         (dict(class_labels=1, num_particles=2), "`num_particles` above 1 needs an `image`"),
         (dict(class_labels=1, num_images_per_label=0), "`num_images_per_label` must be at least 1"),
         (dict(class_labels=1, temperature=0), "`temperature` must be"),
         (dict(class_labels=1, output_type="gif"), "`output_type` must be one of"),
     ],
-    ids=str,
 )
 def test_wrong_arguments_are_refused(options, message, make_pipeline):
     with pytest.raises(ValueError, match=message):
