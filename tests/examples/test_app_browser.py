@@ -132,7 +132,7 @@ def test_an_image_comes_row_by_row_and_is_that_of_the_pipeline_with_this_seed(pa
     assert page.locator(".views figcaption", has_text=": mean ").count() == 4
 
 
-def test_wrong_input_is_answered_by_a_message_and_the_page_works_on(page, server, tmp_path):
+def test_wrong_input_is_answered_by_a_message_and_the_page_works_on(page, server):
     page.get_by_label("Seed", exact=True).fill("-1")
     page.get_by_role("button", name="Generate", exact=True).click()
     page.get_by_text("The seed must be a whole number from 0 to 4294967295, got -1.").wait_for()
@@ -141,23 +141,30 @@ def test_wrong_input_is_answered_by_a_message_and_the_page_works_on(page, server
     frames = generate(page)
     np.testing.assert_array_equal(frames[-1], expected_image(server.pipe, generator=7))
 
-    page.get_by_role("tab", name="Read").click()
+
+def test_an_upload_is_read_and_a_file_that_is_no_image_refused(browser, make_pipeline, tmp_path):
+    make_pipeline(id2label=dict(enumerate(["one", "two", "three", "four"]))).save_pretrained(tmp_path / "tiny")
     (tmp_path / "text.png").write_text("no image")
-    with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name="Upload an image").click()
-    chooser.value.set_files(tmp_path / "text.png")
-    page.get_by_text("The file must be an image (PNG, JPEG, WEBP, GIF, BMP).").wait_for()
-    (image,) = server.pipe("TIGER", generator=1).images
-    image.save(tmp_path / "tiger.png")
-    with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name="Upload an image").click()
-    chooser.value.set_files(tmp_path / "tiger.png")
-    page.locator("#source img").wait_for()
-    page.get_by_role("button", name="Read", exact=True).click()
-    page.get_by_text("Most likely labels").wait_for()
-    assert page.locator(".likely li").first.inner_text().split() == ["TIGER", "100.0%"]
-    nats = server.pipe.score(image, "ALARM").total.item()
-    assert page.locator(".score strong").inner_text() == f"{nats:,.1f} nats"
+    with served([str(tmp_path / "tiny")]) as server, opened(browser, server.url) as page:
+        (image,) = server.pipe("three", generator=1).images
+        image.save(tmp_path / "image.png")
+        page.get_by_role("tab", name="Read").click()
+        for name in ("text.png", "image.png"):
+            with page.expect_file_chooser() as chooser:
+                page.get_by_role("button", name="Upload an image").click()
+            chooser.value.set_files(tmp_path / name)
+            if name == "text.png":
+                page.get_by_text("The file must be an image (PNG, JPEG, WEBP, GIF, BMP).").wait_for()
+        page.locator("#source img").wait_for()
+        page.get_by_role("button", name="Read", exact=True).click()
+        page.get_by_text("Most likely labels").wait_for()
+        found = server.pipe.classify(image)
+        share, best = (
+            found.log_probs[0].exp().max().item(),
+            server.pipe.transformer.config.id2label[found.labels.item()],
+        )
+        assert page.locator(".likely li").first.inner_text().split() == [best, f"{share:.1%}"]
+        assert page.locator(".score strong").inner_text() == f"{server.pipe.score(image, 0).total.item():,.1f} nats"
 
 
 def test_what_is_painted_over_is_filled_in_and_the_rest_stays(page, server):
