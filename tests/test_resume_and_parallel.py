@@ -130,7 +130,9 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "script", ["train_rqvae", "train", pytest.param("train_rq_transformer", marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_killed_ends_as_if_it_had_not_been(folder, script):
     whole, killed = f"{script}-whole", f"{script}-killed"
     uninterrupted = start(folder, f"{SCRIPTS[script]} --output_dir {whole}")
@@ -213,7 +215,15 @@ NO_DROPOUT = "--embedding_dropout 0 --residual_dropout 0 --mlp_dropout 0 --class
 
 
 @pytest.mark.parametrize(
-    "model", ["", "--architecture rq_transformer --num_depth_layers 1 --tie_prediction_heads false"]
+    "model",
+    [
+        pytest.param("", id="dnd"),
+        pytest.param(
+            "--architecture rq_transformer --num_depth_layers 1 --tie_prediction_heads false",
+            id="rq_transformer",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_sharded_processes_follow_one_and_resume_exactly(model, folder):
     # Accelerate shards on accelerators alone: its state is told that these two processes have some.

@@ -230,12 +230,12 @@ def test_another_model_empties_the_page_and_brings_its_own_controls(browser, mak
         page.get_by_role("link", name="Download 6×4 PNG").first.wait_for()
         page.get_by_label("Model", exact=True).click()
         page.get_by_role("option", name=names[1]).click()
-        page.get_by_label("Prompt").wait_for()
+        page.get_by_role("textbox", name="Prompt").wait_for()
         page.get_by_text("Press Generate to make an image.").wait_for()
         assert page.get_by_label("Label", exact=True).count() == page.locator(".pixels .image-frame").count() == 0
         page.get_by_role("button", name="Generate", exact=True).click()
         page.get_by_text("Write a prompt first.").wait_for()
-        page.get_by_label("Prompt").fill("red house")
+        page.get_by_role("textbox", name="Prompt").fill("red house")
         page.get_by_role("button", name="Generate", exact=True).click()
         link = page.get_by_role("link", name="Download 6×4 PNG").first
         image = np.asarray(Image.open(urllib.request.urlopen(link.get_attribute("href"))))

@@ -92,7 +92,7 @@ def test_verses_has_pages_of_16_letters_by_8_lines_and_fits_into_a_bundle():
     assert letters.pretrained_vqvae
     with torch.device("meta"):
         vae = tokenizer.make_vae()
-        model = transformer.make_transformer(vae, vae.grid_size, ["text"])
+        model = transformer.make_transformer(vae, grid_size=vae.grid_size, num_classes=1, id2label={0: "text"})
     assert isinstance(model, DnDForImageGeneration) and tuple(vae.grid_size) == (16, 16) and vae.config.code_depth == 2
     assert not model.config.has_null_class
     assert 2 * sum(p.numel() for part in (vae, model) for p in part.state_dict().values()) < BUNDLE_LIMIT

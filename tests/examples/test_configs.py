@@ -50,8 +50,9 @@ def make_transformer(name: str, tokenizer: str, num_classes: int) -> DnDForImage
     rows, columns, _, _ = GRIDS[tokenizer]
     args = read(name, "train.py", "DnDArguments")
     with torch.device("meta"):
-        names = [str(i) for i in range(num_classes)]
-        return args.make_transformer(make_tokenizer(tokenizer), (rows, columns), names)
+        names = {i: str(i) for i in range(num_classes)}
+        vae = make_tokenizer(tokenizer)
+        return args.make_transformer(vae, grid_size=(rows, columns), num_classes=num_classes, id2label=names)
 
 
 def test_every_config_is_tested():
