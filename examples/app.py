@@ -20,8 +20,8 @@ from typing import Literal
 import torch
 from transformers.hf_argparser import HfArg
 
-from dnd_hf.arguments import run_script
 from dnd_hf.bundled import bundled_names
+from dnd_hf.command_line import run_script
 
 
 # Before Gradio is imported: it asks for newer versions and reports its use otherwise.

@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 from transformers.hf_argparser import HfArg
 
-from dnd_hf.arguments import run_script
+from dnd_hf.command_line import run_script
 
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")

@@ -32,7 +32,7 @@ import torch
 from transformers.hf_argparser import HfArg
 
 from dnd_hf import DnDPipeline
-from dnd_hf.arguments import run_script
+from dnd_hf.command_line import run_script
 from dnd_hf.conversion import convert_any_transformer, convert_pipeline, convert_rqvae, export_original
 from dnd_hf.files import new_folder
 

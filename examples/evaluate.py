@@ -28,7 +28,7 @@ from typing import Literal
 
 from transformers.hf_argparser import HfArg
 
-from dnd_hf.arguments import run_script
+from dnd_hf.command_line import run_script
 from dnd_hf.evaluation import generation, ppl_ocr, prose, reconstruction, rocr, words
 from dnd_hf.figures import import_figure
 from dnd_hf.processes import connected, end_processes

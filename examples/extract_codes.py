@@ -38,7 +38,8 @@ from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from dnd_hf import RQVAE
-from dnd_hf.arguments import ImageArguments, loading, run_script
+from dnd_hf.arguments import ImageArguments
+from dnd_hf.command_line import loading, run_script
 from dnd_hf.data.codes import MAX_VOCAB_SIZE, CodesWriter, Rows, ShardReader, codes_features
 from dnd_hf.data.images import (
     BrokenImageError,

@@ -28,8 +28,9 @@ from PIL import Image
 from transformers.hf_argparser import HfArg
 
 from dnd_hf import DnDPipeline
-from dnd_hf.arguments import SamplingArguments, loading, run_script
+from dnd_hf.arguments import SamplingArguments
 from dnd_hf.bundled import checkpoint_path
+from dnd_hf.command_line import loading, run_script
 from dnd_hf.figures import save_image_grid
 from dnd_hf.generation.settings import SamplingSettings
 from dnd_hf.messages import counted

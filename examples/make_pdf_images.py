@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from transformers.hf_argparser import HfArg
 
-from dnd_hf.arguments import run_script
+from dnd_hf.command_line import run_script
 from dnd_hf.data.image_shards import ShardArguments, in_batches
 from dnd_hf.data.pdf import PdfCrops
 

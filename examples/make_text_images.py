@@ -19,7 +19,7 @@ from typing import Literal
 
 from transformers.hf_argparser import HfArg
 
-from dnd_hf.arguments import run_script
+from dnd_hf.command_line import run_script
 from dnd_hf.data.image_shards import ShardArguments, in_batches
 from dnd_hf.data.text import DEFAULT_FONTS, TextImages, load_texts
 

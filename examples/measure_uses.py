@@ -27,8 +27,8 @@ from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from dnd_hf import RQVAE, DnDConfig, DnDForImageGeneration, DnDPipeline
-from dnd_hf.arguments import run_script
 from dnd_hf.bundled import checkpoint_path
+from dnd_hf.command_line import run_script
 from dnd_hf.data.words import CELLS, PITCH, WORDS, WordImages
 from dnd_hf.evaluation.ocr import OCREngine, load_ocr_engine
 from dnd_hf.evaluation.options import REAL_SEED

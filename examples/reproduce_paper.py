@@ -23,7 +23,7 @@ import torch
 from huggingface_hub import HfApi, hf_hub_download
 from transformers.hf_argparser import HfArg
 
-from dnd_hf.arguments import run_script
+from dnd_hf.command_line import run_script
 from dnd_hf.conversion import convert_pipeline
 from dnd_hf.evaluation import generation
 from dnd_hf.figures import markdown_table

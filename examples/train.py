@@ -42,7 +42,8 @@ from transformers.hf_argparser import HfArg
 from transformers.utils.logging import disable_progress_bar
 
 from dnd_hf import RQVAE, DnDPipeline
-from dnd_hf.arguments import RunArguments, loading, run_script
+from dnd_hf.arguments import RunArguments
+from dnd_hf.command_line import loading, run_script
 from dnd_hf.data.codes import CodesDataset, collate_codes
 from dnd_hf.data.images import check_stride, collate_images
 from dnd_hf.files import changes_of, write_text

@@ -36,7 +36,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers.hf_argparser import HfArg
 
 from dnd_hf import RQVAE
-from dnd_hf.arguments import RunArguments, loading, run_script
+from dnd_hf.arguments import RunArguments
+from dnd_hf.command_line import loading, run_script
 from dnd_hf.data.images import check_stride, collate_images, to_images
 from dnd_hf.evaluation.code_usage import code_perplexity
 from dnd_hf.models.autoencoder_rqvae import RQVAEOutput

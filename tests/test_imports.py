@@ -17,7 +17,8 @@ ROOT = Path(dnd_hf.__file__).parent
 
 # What each room may import besides itself.
 BELOW_MODELS = {"files", "figures", "ops", "generation"}
-BELOW_JOBS = BELOW_MODELS | {"models", "pipelines", "bundled", "data", "arguments", "messages", "processes", "dnd_hf"}
+SHARED = {"arguments", "command_line", "messages", "processes"}
+BELOW_JOBS = BELOW_MODELS | SHARED | {"models", "pipelines", "bundled", "data", "dnd_hf"}
 ALLOWED = {
     "files": set(),
     "figures": {"files"},
@@ -29,7 +30,8 @@ ALLOWED = {
     "messages": set(),
     "processes": set(),
     "data": {"files", "messages", "ops"},
-    "arguments": {"files", "figures", "messages", "data"},
+    "arguments": {"data"},
+    "command_line": {"messages"},
     "conversion": BELOW_JOBS,
     "training": BELOW_JOBS,
     "evaluation": BELOW_JOBS,

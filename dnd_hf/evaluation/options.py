@@ -14,8 +14,9 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState
 
-from ..arguments import SamplingArguments, loading
+from ..arguments import SamplingArguments
 from ..bundled import checkpoint_path
+from ..command_line import loading
 from ..data.images import ImageDataset, ImageTransform, check_stride
 from ..data.rgb import parse_background
 from ..data.sources import load_image_dataset

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..arguments import loading
 from ..bundled import checkpoint_path
+from ..command_line import loading
 from ..data.images import ImageDataset, to_images
 from ..figures import save_image_grid
 from ..models.autoencoder_rqvae import RQVAE

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from ..arguments import name_options
+from ..command_line import name_options
 from ..figures import plot_training_curves, save_image_grid
 from ..files import locked
 from ..ops.memory import kept_memory

@@ -25,7 +25,7 @@ from tokenizer import extract, tokenize
 from train_step import train
 from trained import trained
 
-from dnd_hf.arguments import run_script
+from dnd_hf.command_line import run_script
 
 
 SUITES = {

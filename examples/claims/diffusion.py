@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader
 from transformers.hf_argparser import HfArg
 
 from dnd_hf import RQVAE
-from dnd_hf.arguments import RunArguments, run_script
+from dnd_hf.arguments import RunArguments
+from dnd_hf.command_line import run_script
 from dnd_hf.data.images import collate_images, to_images
 from dnd_hf.ops.number_checks import height_width
 from dnd_hf.training.environment import RunEnvironment

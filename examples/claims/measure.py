@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from transformers.hf_argparser import HfArg
 
 from dnd_hf import RQVAE, DnDPipeline
-from dnd_hf.arguments import run_script
+from dnd_hf.command_line import run_script
 from dnd_hf.data.codes import CodesDataset, collate_codes
 from dnd_hf.data.images import ImageTransform, collate_images, to_images
 from dnd_hf.data.sources import load_image_dataset

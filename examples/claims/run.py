@@ -10,20 +10,47 @@ Whatever was interrupted resumes when the same command is given again. `finished
 done and how long it took. `--quick` runs everything at a size where it means nothing, to see that it runs.
 """
 
-import argparse
 import json
 import os
 import shlex
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from transformers.hf_argparser import HfArg
+
+from dnd_hf.command_line import run_script
 
 
 HERE = Path(__file__).resolve().parent
 EXAMPLES = HERE.parent
+CLAIMS = sorted(path.stem for path in HERE.glob("C*.yaml"))
+
+
+@dataclass
+class ClaimArguments:
+    """Options of this script; all can also stand in a YAML file given as `--config`."""
+
+    claim: str = HfArg(metadata={"choices": CLAIMS}, help="Which of the paper's claims.")
+    state_dir: str = HfArg(default="runs/claims", help="Folder of all that is made.")
+    vqvae: str | None = HfArg(
+        default=None, help="Folder of the trained tokenizer whose networks encode the pages; not needed for --tables."
+    )
+    seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="One run of each variant for each.")
+    only: str = HfArg(default="", help="Only the steps whose name begins so, and what the claim needs.")
+    quick: bool = HfArg(default=False, help="A few steps on a few images: does it run?")
+    tables: bool = HfArg(default=False, help="Run nothing; show what is there.")
+
+    def __post_init__(self):
+        if self.tables:
+            return
+        if self.vqvae is None:
+            raise ValueError("`vqvae` is needed: the folder of a tokenizer.")
+        if not Path(self.vqvae, "config.json").is_file():
+            raise ValueError(f"`vqvae` must be the folder of a tokenizer, there is no {self.vqvae}/config.json.")
 
 
 def read_plan(claim: str) -> dict:
@@ -71,7 +98,11 @@ def finished(state_dir: Path) -> dict[str, dict]:
 
 
 def run_step(name: str, command: str, state_dir: Path) -> None:
-    """Runs a command to its end and notes it; leaves the program where it fails."""
+    """Runs a command to its end and notes it.
+
+    Raises:
+        RuntimeError: the command failed; its own output says why.
+    """
     script, *options = shlex.split(command)
     print(f"{name}: {command}", flush=True)
     start, resumed = time.time(), (state_dir / name).exists()
@@ -80,39 +111,28 @@ def run_step(name: str, command: str, state_dir: Path) -> None:
     line = [sys.executable, str(EXAMPLES / script), *options, "--output_dir", name]
     code = subprocess.run(line, cwd=state_dir, env=environment).returncode
     if code:
-        raise SystemExit(f"{name} ended with code {code}; the same command resumes it.")
+        raise RuntimeError(f"{name} ended with code {code}; the same command resumes it.")
     note = {"step": name, "command": command, "seconds": round(time.time() - start), "resumed": resumed}
     with (state_dir / "finished.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(note) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    claims = sorted(path.stem for path in HERE.glob("C*.yaml"))
-    parser.add_argument("--claim", required=True, choices=claims, help="Which of the paper's claims.")
-    parser.add_argument("--state_dir", type=Path, default=Path("runs/claims"), help="Folder of all that is made.")
-    parser.add_argument("--vqvae", help="Folder of the trained tokenizer whose networks encode the pages.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="One run of each variant for each.")
-    parser.add_argument("--only", help="Only the steps whose name begins so, and what the claim needs.")
-    parser.add_argument("--quick", action="store_true", help="A few steps on a few images: does it run?")
-    parser.add_argument("--tables", action="store_true", help="Run nothing; show what is there.")
-    args = parser.parse_args()
-    if not args.tables and (args.vqvae is None or not Path(args.vqvae, "config.json").exists()):
-        parser.error("--vqvae is needed: the folder of a tokenizer.")
-    args.state_dir.mkdir(parents=True, exist_ok=True)
+def main(args: ClaimArguments) -> None:
+    state_dir = Path(args.state_dir)
+    state_dir.mkdir(parents=True, exist_ok=True)
     if not args.tables:
-        done = finished(args.state_dir)
+        done = finished(state_dir)
         for name, command in steps_of(args.claim, args.seeds, args.quick).items():
             command = command.replace("{vqvae}", str(Path(args.vqvae).resolve()))
             if name in done:
                 if done[name]["command"] != command:
-                    raise SystemExit(f"{name} was made by another command: {done[name]['command']}")
-            elif not args.only or not name.startswith(args.claim) or name.startswith(args.only):
-                run_step(name, command, args.state_dir)
+                    raise ValueError(f"{name} was made by another command: {done[name]['command']}")
+            elif not name.startswith(args.claim) or name.startswith(args.only):
+                run_step(name, command, state_dir)
     from tables import show
 
-    show(args.claim, read_plan(args.claim), args.state_dir)
+    show(args.claim, read_plan(args.claim), state_dir)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, ClaimArguments)

@@ -13,7 +13,7 @@ from fixtures.make_official_cases import random_weights
 from safetensors.torch import load_file
 
 from dnd_hf import DnDPipeline, RQTransformerForImageGeneration, convert_rqvae, convert_transformer
-from dnd_hf.arguments import parse_arguments
+from dnd_hf.command_line import parse_arguments
 from dnd_hf.conversion import convert_pipeline, convert_prompt_tokenizer, convert_rq_transformer, export_original
 
 

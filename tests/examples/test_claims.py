@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from dnd_hf import DnDForImageGeneration, bundled_checkpoint
-from dnd_hf.arguments import parse_arguments
+from dnd_hf.command_line import parse_arguments
 from dnd_hf.data.text import TextImages
 
 
@@ -119,6 +119,28 @@ def run_claim(monkeypatch, *options: str) -> None:
         patch.setattr(subprocess, "run", run_here)
         patch.setattr(sys, "argv", ["run.py", *options])
         runpy.run_path(str(CLAIMS / "run.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--claim", "C9"], 2, "invalid choice: 'C9'"),
+        (["--claim", "C2"], 2, "--vqvae is needed: the folder of a tokenizer."),
+        (["--claim", "C2", "--vqvae", "nowhere"], 2, "there is no nowhere/config.json."),
+        (["--seeds", "0"], 2, "required: --claim"),
+        (["--claim", "C2", "--seeds", "0", "--vqvae", "rqvae"], 1, "text ended with code 3; the same command"),
+    ],
+)
+def test_a_claim_that_cannot_run_ends_with_one_line(monkeypatch, tmp_path, capsys, options, code, message):
+    (tmp_path / "rqvae").mkdir()
+    (tmp_path / "rqvae/config.json").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run.py", *options])
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: SimpleNamespace(returncode=3))
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(CLAIMS / "run.py"), run_name="__main__")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == code and line.startswith("run.py: error: ") and message in line
 
 
 def test_a_claim_runs_from_the_text_to_its_table_and_never_twice(books, tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from dnd_hf import RQVAE
-from dnd_hf.arguments import parse_arguments
+from dnd_hf.command_line import parse_arguments
 
 
 CLAIMS = Path(__file__).parents[2] / "examples" / "claims"

@@ -10,7 +10,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 from dnd_hf import RQVAE, DnDForImageGeneration, RQTransformerForImageGeneration
-from dnd_hf.arguments import parse_arguments
+from dnd_hf.command_line import parse_arguments
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

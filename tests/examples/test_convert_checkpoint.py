@@ -13,7 +13,7 @@ import torch
 from fixtures.official_cases import PARITY
 
 from dnd_hf import RQVAE, DnDForImageGeneration, DnDPipeline
-from dnd_hf.arguments import parse_arguments
+from dnd_hf.command_line import parse_arguments
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "convert_checkpoint.py"

@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
-from dnd_hf.arguments import parse_arguments
+from dnd_hf.command_line import parse_arguments
 from dnd_hf.data.image_shards import Note
 from dnd_hf.data.text import TextImages
 from dnd_hf.data.words import WordImages

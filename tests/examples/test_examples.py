@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from dnd_hf import RQVAE, DnDPipeline
-from dnd_hf.arguments import parse_arguments
+from dnd_hf.command_line import parse_arguments
 from dnd_hf.data.codes import CodesDataset
 from dnd_hf.data.images import ImageTransform
 from dnd_hf.data.sources import load_image_dataset
@@ -140,7 +140,7 @@ def test_two_processes_train_the_same_codebook_and_weights(folder):
     script = folder / "train_and_compare.py"
     script.write_text(
         "import runpy, torch\n"
-        "from dnd_hf.arguments import parse_arguments\n"
+        "from dnd_hf.command_line import parse_arguments\n"
         "from dnd_hf.training.run import TrainingRun\n"
         f"names = runpy.run_path({str(REPOSITORY / 'examples' / 'train_rqvae.py')!r})\n"
         "train = TrainingRun.train\n"

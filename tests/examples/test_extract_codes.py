@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
 from dnd_hf import RQVAE
-from dnd_hf.arguments import parse_arguments
+from dnd_hf.command_line import parse_arguments
 from dnd_hf.data.codes import CodesDataset
 from dnd_hf.data.images import TenCrop
 

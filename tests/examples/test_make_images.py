@@ -14,7 +14,7 @@ import pytest
 from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
 
-from dnd_hf.arguments import parse_arguments
+from dnd_hf.command_line import parse_arguments
 from dnd_hf.data.images import ImageTransform
 from dnd_hf.data.sources import load_image_dataset
 

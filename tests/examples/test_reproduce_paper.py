@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
 
 from dnd_hf import DnDPipeline
-from dnd_hf.arguments import parse_arguments
+from dnd_hf.command_line import parse_arguments
 
 
 REPOSITORY = Path(__file__).parents[2]

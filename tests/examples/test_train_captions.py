@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 from dnd_hf import RQVAE, DnDPipeline
-from dnd_hf.arguments import parse_arguments
+from dnd_hf.command_line import parse_arguments
 from dnd_hf.data.codes import CodesDataset
 from dnd_hf.data.words import WORDS
 from dnd_hf.training.metrics import read_metrics

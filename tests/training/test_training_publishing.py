@@ -17,7 +17,8 @@ from hub_stand_in import HubStandIn, Repository
 from huggingface_hub import ModelCard
 
 from dnd_hf import DnDConfig
-from dnd_hf.arguments import RunArguments, parse_arguments
+from dnd_hf.arguments import RunArguments
+from dnd_hf.command_line import parse_arguments
 from dnd_hf.training.environment import RunEnvironment
 from dnd_hf.training.publishing import write_model_card
 
@@ -42,7 +43,7 @@ TRAIN_AND_PUBLISH = """
     import huggingface_hub.utils._http as http
     from accelerate.state import AcceleratorState, GradientState
 
-    from dnd_hf.arguments import parse_arguments
+    from dnd_hf.command_line import parse_arguments
 
     http.time = SimpleNamespace(sleep=lambda seconds: None)  # its waits before it tries again
     examples, tokenizer, transformer = sys.argv[1:]

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
 
-from dnd_hf.arguments import RunArguments, parse_arguments
+from dnd_hf.arguments import RunArguments
+from dnd_hf.command_line import parse_arguments
 from dnd_hf.figures import plot_training_curves
 from dnd_hf.training.checkpoints import find_checkpoint, list_checkpoints
 from dnd_hf.training.data_order import TrainingStream, hold_out

@@ -1,4 +1,4 @@
-"""dnd_hf.arguments: how a script ends: one line and an exit code where the user is at fault, a traceback where not."""
+"""dnd_hf.command_line: options, and how a script ends: one line where the user is at fault, a traceback where not."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ import pytest
 from transformers.hf_argparser import HfArg
 
 from dnd_hf import RQVAE, DnDConfig
-from dnd_hf.arguments import loading, parse_arguments, run_script
+from dnd_hf.command_line import loading, parse_arguments, run_script
 
 
 @dataclass
@@ -65,7 +65,7 @@ def test_what_the_user_can_mend_is_one_line_and_an_exit_code(monkeypatch, capsys
     written = capsys.readouterr()
     (line,) = written.err.splitlines()
     assert (end.value.code, written.out) == (code, "")
-    assert line.startswith("test_arguments.py: error: ") and message in line
+    assert line.startswith("test_command_line.py: error: ") and message in line
 
 
 @dataclass
@@ -130,7 +130,7 @@ def run_launched(folder: Path, main: str, launcher: list[str]) -> tuple[str, str
     program = f"""
         import os, time
         from dataclasses import dataclass
-        from dnd_hf.arguments import run_script
+        from dnd_hf.command_line import run_script
 
         @dataclass
         class Options:
