@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import json
 import logging
 import os
 import re
@@ -144,20 +145,23 @@ def _leave(message: str, code: int) -> NoReturn:
         time.sleep(10)
         message = f"process {os.environ['RANK']}: {message}"
     close_progress_bars()
-    print(f"{Path(sys.argv[0]).name}: error: {message}{_launcher_note()}", file=sys.stderr)
+    line = f"{Path(sys.argv[0]).name}: error: {message}"
+    print(line + _launcher_note(), file=sys.stderr)
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # of torchrun, whose report ends with this message
+        report = {"message": line, "timestamp": int(time.time())}
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(report), encoding="utf-8")
     sys.exit(code)
 
 
 def _launcher_note() -> str:
-    """Whose traceback follows, where `accelerate launch` is going to show one."""
+    """Whose traceback follows, where a launcher is going to show one."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        return " (What follows is the report of the launcher, whose last lines repeat this.)"
     parent = psutil.Process().parent() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
     command = parent.cmdline() if parent else []
-    if not any("accelerate" in word for word in command):
+    if not any("accelerate" in word for word in command) or {"--quiet", "-q"} & set(command):
         return ""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        return " (The traceback below is that of accelerate.)"
-    told = " (The traceback below is that of accelerate; `accelerate launch --quiet` leaves it out.)"
-    return "" if {"--quiet", "-q"} & set(command) else told
+    return " (The traceback below is that of accelerate; `accelerate launch --quiet` leaves it out.)"
 
 
 def _origin(error: Exception) -> tuple[str, bool]:

@@ -126,7 +126,7 @@ def test_a_bug_and_debug_show_the_traceback(monkeypatch, options, error):
 
 
 def run_launched(folder: Path, main: str, launcher: list[str]) -> tuple[str, str]:
-    """All that the processes of one script write, and the line that is this project's."""
+    """All that the processes of one script write, and the line that this project prints."""
     program = f"""
         import os, time
         from dataclasses import dataclass
@@ -145,21 +145,28 @@ def run_launched(folder: Path, main: str, launcher: list[str]) -> tuple[str, str
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", *launcher, "script.py"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    (line,) = (line for line in done.stderr.splitlines() if "script.py: error: " in line)
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("script.py: error: "))
     return done.stderr, line
 
 
 TWO_PROCESSES = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-def test_of_several_processes_the_main_one_says_what_is_wrong(tmp_path):
+NOTE = " (What follows is the report of the launcher, whose last lines repeat this.)"
+
+
+def test_of_several_processes_the_main_one_says_what_is_wrong_and_the_report_of_the_launcher_ends_with_it(tmp_path):
     output, line = run_launched(tmp_path, "raise ValueError('`seed` must be odd.')", TWO_PROCESSES)
-    assert line == "script.py: error: --seed must be odd." and "exitcode  : 2" in output
+    assert line == f"script.py: error: --seed must be odd.{NOTE}"
+    *_, exit_code, _, told, _ = output.splitlines()
+    assert exit_code.startswith("  exitcode  : 2") and told == "  traceback : script.py: error: --seed must be odd."
 
 
 def test_a_process_that_fails_while_the_main_one_works_says_so_itself(tmp_path):
     fail = "time.sleep(60) if os.environ['RANK'] == '0' else int('x')"
-    assert "script.py: error: process 1: invalid literal for int()" in run_launched(tmp_path, fail, TWO_PROCESSES)[1]
+    output, line = run_launched(tmp_path, fail, TWO_PROCESSES)
+    assert line.startswith("script.py: error: process 1: invalid literal for int()")
+    assert output.splitlines()[-2] == f"  traceback : {line.removesuffix(NOTE)}"
 
 
 @pytest.mark.parametrize("quiet", [False, True])
