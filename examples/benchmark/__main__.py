@@ -7,7 +7,7 @@ python examples/benchmark --sections trained --pipeline words --positions_per_pa
 architectures, one of github.com/kakaobrain/rq-vae-transformer; they are not part of this project and get the same
 weights. Ours, the reference and the floor take turns in one process, so that whatever else the machine does meets all
 of them; the numbers are medians. The floor is what the hardware needs for the arithmetic and the memory only: see
-`decode.decode_floors`, `train_step.train` and `architectures.decode_floor`.
+`decode.decode_floors`, `train_step.training_metrics` and `architectures.decode_floor`.
 """
 
 from dataclasses import asdict

@@ -8,11 +8,13 @@ import torch
 from official import Reference
 from official_rq_transformer import OriginalRQTransformer
 from options import BenchmarkArguments
-from timing import extra_memory, read_bandwidth, row, side_by_side
+from timing import read_bandwidth, row, side_by_side
 from torch import nn
+from train_step import training_metrics, training_steps
 
 from dnd_hf import DnDConfig, DnDForImageGeneration, RQTransformerConfig, RQTransformerForImageGeneration
 from dnd_hf.generation.packed_decoder import packed_runner
+from dnd_hf.ops.memory import kept_memory
 from dnd_hf.training.throughput import peak_flops
 
 
@@ -29,8 +31,11 @@ def architectures(args: BenchmarkArguments, device: torch.device, reference: Ref
             count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
             what = f"{name}, {count:.0f}M, depth {depth}, {args.dtype}"
             model.to(device)
-            yield from decode_rows(args, model, what, reference if model is dnd else original, dtype)
-            yield train_row(args, model.to(torch.float32), what, dtype)
+            authors = reference if model is dnd else original
+            if "sampling" in args.architecture_jobs:
+                yield from decode_rows(args, model, what, authors, dtype)
+            if "training" in args.architecture_jobs:
+                yield train_row(args, model.to(torch.float32), what, authors)
 
 
 def make_pair(args: BenchmarkArguments, depth: int) -> tuple[DnDForImageGeneration, RQTransformerForImageGeneration]:
@@ -138,23 +143,12 @@ def decode_floor(model: nn.Module, rows: int, repeats: int) -> Callable[[], None
     return partial(time.sleep, seconds)
 
 
-def train_row(args: BenchmarkArguments, model: nn.Module, what: str, dtype: torch.dtype) -> dict:
-    """Forward and backward pass, and AdamW."""
-    config, batch, device = model.train().config, args.train_batch_size, model.device
-    labels = torch.arange(batch, device=device) % 1000
-    shape = (batch, *config.grid_size, config.code_depth)
-    codes = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-
-    def step() -> None:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = model(labels, codes, labels=codes, output_logits=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    seconds = side_by_side({"ours": step}, device, args.repeats)
-    return row(
-        "architectures", f"training, {what}, batch {batch}", "images/s", batch, seconds,
-        memory_mb=extra_memory(step, device),
-    )  # fmt: skip
+def train_row(
+    args: BenchmarkArguments, model: nn.Module, what: str, reference: Reference | OriginalRQTransformer | None
+) -> dict:
+    """A training step, beside that of its official code, both with kept memory, as our scripts have it."""
+    steps, batch = training_steps(args, model, reference), args.train_batch_size
+    with kept_memory():
+        seconds = side_by_side(steps, model.device, args.repeats)
+    metrics = training_metrics(args, model, steps)(seconds)
+    return row("architectures", f"training, {what}, batch {batch}", "images/s", batch, seconds, **metrics)

@@ -5,13 +5,18 @@ import importlib
 import sys
 import tempfile
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dnd_hf import RQVAE, DnDForImageGeneration
 from dnd_hf.conversion import export_original
+
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""The loss of labels (batch,) and codes (batch, rows, columns, depth)."""
 
 
 class Reference:
@@ -49,6 +54,16 @@ class Reference:
         )
         official = self.gpt.Transformer(self.gpt.ModelArgs(**sizes))
         return self._filled(official, model, "transformer.pt", "model")
+
+    def training_loss(self, model: DnDForImageGeneration) -> tuple[nn.Module, Loss]:
+        """The official transformer with the weights of ours, and the loss that its trainer takes."""
+        official = self.transformer(model).to(model.device)
+
+        def loss_of(labels: Tensor, codes: Tensor) -> Tensor:
+            codes = codes.flatten(1, 2)
+            return official(idx=codes[:, :-1], cond_idx=labels, targets=codes)[1]
+
+        return official, loss_of
 
     def tokenizer(self, vae: RQVAE) -> nn.Module:
         """The official tokenizer with the weights of ours, in evaluation mode."""

@@ -1,5 +1,6 @@
 """The original RQ-Transformer, github.com/kakaobrain/rq-vae-transformer, with the weights of our models."""
 
+import contextlib
 import copy
 import importlib
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import yaml
+from official import Loss
 from torch import Tensor, nn
 
 from dnd_hf import RQTransformerForImageGeneration
@@ -53,6 +55,7 @@ class OriginalRQTransformer:
         for name in ("RQTransformerConfig", "AttentionBlockConfig", "AttentionStackConfig"):
             setattr(configs, name, Settings)
         self.transformers = importlib.import_module("rqvae.models.rqtransformer.transformers")
+        self.transformers.autocast = lambda enabled: contextlib.nullcontext()  # the caller's, on GPUs too
 
     def transformer(self, model: RQTransformerForImageGeneration) -> tuple[nn.Module, CodeVectors]:
         """The original with the weights of ours, in evaluation mode, and the code vectors that its calls take."""
@@ -64,3 +67,13 @@ class OriginalRQTransformer:
             original = self.transformers.RQTransformer(Settings(**arch))
             original.load_state_dict(torch.load(stage2 / "model.pt")["state_dict"])
         return original.eval(), CodeVectors(model.code_vectors)
+
+    def training_loss(self, model: RQTransformerForImageGeneration) -> tuple[nn.Module, Loss]:
+        """The original with the weights of ours, and its `compute_loss` with the codes as targets."""
+        original, vectors = self.transformer(model)
+        original.to(model.device)
+
+        def loss_of(labels: Tensor, codes: Tensor) -> Tensor:
+            return original.compute_loss(original(codes, vectors, cond=labels), codes)
+
+        return original, loss_of

@@ -10,6 +10,7 @@ from dnd_hf.figures import import_figure
 
 
 SECTIONS = ("decode", "train", "quantize", "tokenize", "extract", "growth", "architectures", "memory", "trained")
+ARCHITECTURE_JOBS = ("sampling", "training")
 
 
 @dataclass
@@ -54,6 +55,9 @@ class BenchmarkArguments:
     growth_batch_sizes: list[int] = HfArg(default_factory=lambda: [1, 2, 4, 8, 16], help="Of growth.")
     growth_grid_sizes: list[int] = HfArg(default_factory=lambda: [8, 12, 16, 24, 32], help="Of growth, at batch 1.")
     growth_depths: list[int] = HfArg(default_factory=lambda: [1, 2, 4, 8], help="Of growth, at batch 1.")
+    architecture_jobs: list[str] = HfArg(
+        default_factory=lambda: list(ARCHITECTURE_JOBS), help="Of architectures; default: sampling training."
+    )
     architecture_depths: list[int] = HfArg(default_factory=lambda: [2, 4, 8], help="Of architectures.")
 
     pipeline: str | None = HfArg(
@@ -76,6 +80,8 @@ class BenchmarkArguments:
         unknown = set(self.sections) - set(SECTIONS)
         if unknown:
             raise ValueError(f"`sections` must be of {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}.")
+        if not self.architecture_jobs or set(self.architecture_jobs) - set(ARCHITECTURE_JOBS):
+            raise ValueError(f"`architecture_jobs` must be sampling or training, got {self.architecture_jobs}.")
         for name in (
             "repeats",
             "code_depth",

@@ -1,5 +1,7 @@
 """examples/: each script runs from a command line, in a tiny configuration, and leaves what it promises."""
 
+import copy
+import importlib
 import json
 import os
 import re
@@ -7,6 +9,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from dnd_hf import RQVAE, DnDPipeline
+from dnd_hf import RQVAE, DnDConfig, DnDForImageGeneration, DnDPipeline
 from dnd_hf.command_line import parse_arguments
 from dnd_hf.data.codes import CodesDataset
 from dnd_hf.data.images import ImageTransform
@@ -244,6 +247,7 @@ def test_generate_makes_each_picture_from_its_own_seed(folder, pipeline):
         ("train.py", "--codes_dir c --num_depth_layers 2", "--num_depth_layers is no option of --architecture dnd"),
         ("train.py", "--codes_dir c --soft_code_temperature 0.5", "stored codes have no distances"),
         ("train.py", "--dataset_name words --vqvae v --soft_code_temperature 0", "must be positive"),
+        ("benchmark", "--sections architectures --architecture_jobs sample", "must be sampling or training"),
         ("extract_codes.py", "--dataset_name words", "--vqvae is needed"),
         ("generate.py", "--batch_size 0", "--batch_size must be positive"),
         ("generate.py", "--model nowhere --top_p 2", "--top_p must be within (0, 1]"),
@@ -266,6 +270,26 @@ def test_benchmark_samples_from_a_trained_pipeline_with_equal_codes_for_every_nu
     assert min(one["ours"], several["ours"], several["first_row_s"], several["times_packed_floor"]) > 0
 
 
+def test_benchmark_times_no_training_step_beside_code_of_another_loss(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "examples" / "benchmark"))
+    training_steps = importlib.import_module("train_step").training_steps
+    model = DnDForImageGeneration(
+        DnDConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=8, grid_size=2, num_classes=5)
+    )
+    other = copy.deepcopy(model)  # in training mode, with dropout
+
+    def training_loss(_):
+        return other, lambda labels, codes: other(labels, codes, labels=codes).loss
+
+    options = SimpleNamespace(train_batch_size=2, dtype="float32", torch_compile=False)
+    steps = training_steps(options, model, SimpleNamespace(training_loss=training_loss))
+    before = [weights.clone() for weights in other.parameters()]
+    steps["reference"]()
+    assert any((a != b).any() for a, b in zip(before, other.parameters()))
+    with pytest.raises(RuntimeError, match="different losses"):
+        training_steps(options, model, SimpleNamespace(training_loss=training_loss))
+
+
 def test_benchmark_times_every_section_and_knows_its_floor(folder):
     options = (
         "--grid_size 2 --decode_batch_sizes 1 --train_batch_size 1 --quantizer_depth 2 --quantizer_batch_size 1"
@@ -286,6 +310,7 @@ def test_benchmark_times_every_section_and_knows_its_floor(folder):
     assert grown == [("batch", 2), ("grid", 1), ("grid", 3), ("depth", 4)]
     sizes = [int(re.search(r"(\d+)M", line["what"])[1]) for line in rows[-5:-1]]
     assert max(sizes) - min(sizes) <= 0.05 * max(sizes)  # the two architectures have as many parameters
+    assert all(rows[i]["mfu"] > 0 and rows[i]["memory_mb_ours"] > 0 for i in (-4, -2))
     assert 0 < rows[-1]["weights_mb"] < rows[-1]["peak_mb"]
     for name in ("growth_batch.png", "growth_grid_depth.png"):
         with Image.open(folder / "benchmark" / name) as plot:
