@@ -9,7 +9,8 @@ python examples/claims/measure.py --samples images --training_text text/train_bo
 
 The pages are read by their glyphs, and `texts.jsonl` has what was read. The metrics are those of `evaluate.py --task
 prose` and, of a model, the nats that held-out pages cost at each depth; without `--training_text` nothing is sampled.
-Of a rival, which diffusion.py has trained, the images of each sampler are measured.
+Of a rival, which diffusion.py has trained, the images of each sampler are measured. The folder of a model or rival is
+that of its training, whose length and floating point operations are among the results.
 """
 
 import statistics
@@ -23,6 +24,7 @@ from rivals import Rival, is_rival, load_rival
 from sample_diffusion import sample_images as sample_rival
 from torch import Tensor
 from torch.utils.data import Subset
+from training_compute import trained
 from transformers import PreTrainedModel
 from transformers.hf_argparser import HfArg
 
@@ -46,7 +48,7 @@ from dnd_hf.files import write_json
 class MeasureArguments:
     """Options of this script."""
 
-    model: str | None = HfArg(default=None, help="Folder of a pipeline, or of a rival.")
+    model: str | None = HfArg(default=None, help="Folder that train.py or diffusion.py has written.")
     vqvae: str | None = HfArg(default=None, help="Folder of a tokenizer.")
     samples: str | None = HfArg(default=None, help="Folder of images that another program made.")
     codes_dir: str | None = HfArg(default=None, help="Held-out codes, for the model.")
@@ -187,6 +189,8 @@ def main(args: MeasureArguments) -> None:
         )
     else:
         results = reader.measure(SampleImages(args.samples, args.num_images), "samples")
+    if args.model:
+        results |= {f"training_{name}": value for name, value in trained(Path(args.model)).items()}
     if reader:
         write_json_lines(Path(args.output_dir, "texts.jsonl"), reader.texts)
     write_json(Path(args.output_dir, "results.json"), results)

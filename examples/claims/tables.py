@@ -1,17 +1,19 @@
-"""The tables and plots of a claim, from the results.json of its runs; read by run.py.
+"""The tables and figures of a claim, from the results.json of its runs; read by run.py.
 
-A claim's YAML file says under `table` and `table_of_images` which metrics are shown, under `plot` what is drawn, under
-`samples` of which temperature or sampler images are shown, and under `tokenizers` what bounds them.
+A claim's YAML file says what is shown: under `table` and `table_of_images` which metrics, under `best` by which of them
+the best temperature or sampler of a variant is taken, under `plot` what plots.py draws, under `samples` of which
+temperatures or samplers images are shown (default: of the best), under `real_images` beside which real ones, under
+`tokenizers` what bounds them, and under `learning_rates` where best_learning_rate.py has chosen.
 """
 
 import json
+import math
 import statistics
-from collections import defaultdict
 from pathlib import Path
 
-from PIL import Image
+from plots import Results, plot, real_images, sampled_images, save_rows, short
 
-from dnd_hf.figures import import_figure, markdown_table, save_image_grid
+from dnd_hf.figures import markdown_table
 
 
 TOKENIZER_COLUMNS = {
@@ -25,7 +27,7 @@ TOKENIZER_COLUMNS = {
 }
 
 
-def results_of(state_dir: Path, files: dict[str, list[Path]]) -> dict[str, list[dict]]:
+def results_of(state_dir: Path, files: dict[str, list[Path]]) -> Results:
     """The results of each variant's folders that have any, with the perplexities of its texts: one dict a folder."""
     texts: dict[str, dict] = {}
     for file in sorted(state_dir.glob("C*/perplexity*/results.json")):
@@ -45,11 +47,11 @@ def mean_and_spread(values: list[float], digits: int = 4) -> str:
     return shown if len(set(values)) < 2 else f"{shown} ± {statistics.stdev(values):.2g}"
 
 
-def table(results: dict[str, list[dict]], columns: dict[str, str]) -> str:
+def table(results: Results, columns: dict[str, str]) -> str:
     """A row for each variant; `columns`: metric -> heading. A metric that no variant has is left out."""
     rows = []
     for variant, seeds in results.items():
-        row: dict = {"": variant.rpartition("/")[2], "seeds": len(seeds)}
+        row: dict = {"": short(variant), "seeds": len(seeds)}
         for metric, heading in columns.items():
             values = [one[metric] for one in seeds if one.get(metric) is not None]
             row[heading] = mean_and_spread(values) if values else None
@@ -57,112 +59,71 @@ def table(results: dict[str, list[dict]], columns: dict[str, str]) -> str:
     return markdown_table(rows)
 
 
-def table_of_images(results: dict[str, list[dict]], columns: dict[str, str]) -> str:
-    """A row for each variant and each kind of images in it, such as those of a temperature: `METRIC@KIND`."""
-    split: dict[str, list[dict]] = {}
+def by_kind(results: Results) -> Results:
+    """Metrics `METRIC@KIND` as METRIC of `VARIANT KIND`, where a kind is a temperature or a sampler."""
+    split: Results = {}
     for variant, seeds in results.items():
         kinds = dict.fromkeys(name.partition("@")[2] for one in seeds for name in one if "@" in name)
         for kind in kinds:
-            of_kind = [
+            split[f"{variant} {kind}"] = [
                 {name.partition("@")[0]: one[name] for name in one if name.endswith(f"@{kind}")} for one in seeds
             ]
-            split[f"{variant} {kind}"] = of_kind
-    return table(split, columns)
+    return split
+
+
+def best_kinds(results: Results, metric: str) -> dict[str, str]:
+    """Variant -> the kind of images whose mean of a metric over the seeds is highest; none of those without a value."""
+    best: dict[str, tuple[float, str]] = {}
+    for name, seeds in by_kind(results).items():
+        variant, _, kind = name.rpartition(" ")
+        values = [one[metric] for one in seeds if one.get(metric) is not None]
+        if values:
+            best[variant] = max(best.get(variant, (-math.inf, "")), (statistics.mean(values), kind))
+    return {variant: kind for variant, (_, kind) in best.items()}
+
+
+def table_of_learning_rates(files: list[Path]) -> str:
+    """A row for each run that best_learning_rate.py has compared."""
+    rows = [run for file in files for run in json.loads(file.read_text())["runs"]]
+    return markdown_table([run | {"chosen": "yes" if run["chosen"] else ""} for run in rows], digits=4)
 
 
 def show(claim: str, plan: dict, state_dir: Path) -> None:
     """Prints the tables of a claim; they are in CLAIM.md of the state folder, plot and samples in CLAIM*.png."""
-    variants = list(plan["variants"])
     tokenizers = {name: sorted(state_dir.glob(f"{name}/results.json")) for name in plan.get("tokenizers", [])}
-    runs = {name: sorted(state_dir.glob(f"{name}/*-measured/results.json")) for name in variants}
+    runs = {name: sorted(state_dir.glob(f"{name}/*-measured/results.json")) for name in plan["variants"]}
     bounds, results = results_of(state_dir, tokenizers), results_of(state_dir, runs)
+    choices = [file for name in plan.get("learning_rates", []) for file in state_dir.glob(f"{name}/results.json")]
     parts = [table(bounds, TOKENIZER_COLUMNS)] if bounds else []
+    parts += [table_of_learning_rates(choices)] if choices else []
     if results:
+        best = best_kinds(results, plan["best"]) if "best" in plan else {}
         parts.append(table(results, plan["table"]))
         if "table_of_images" in plan:
-            parts.append(table_of_images(results, plan["table_of_images"]))
+            of_images, chosen = by_kind(results), [f"{variant} {kind}" for variant, kind in best.items()]
+            parts.append(table(of_images, plan["table_of_images"]))
+            if chosen:
+                parts.append("The best of each:")
+                parts.append(table({name: of_images[name] for name in chosen}, plan["table_of_images"]))
         if "plot" in plan:
-            plot(results, plan["plot"], state_dir / f"{claim}.png")
-    save_samples(variants, plan["samples"], state_dir, state_dir / f"{claim}_samples.png")
+            plot(results, bounds, plan["plot"], state_dir / f"{claim}.png")
+        kinds = {name: plan.get("samples", [best[name]] if name in best else []) for name in results}
+        show_samples(kinds, plan.get("real_images"), state_dir, state_dir / f"{claim}_samples.png")
     text = "\n\n".join(parts) or f"{claim}: nothing is measured yet."
     (state_dir / f"{claim}.md").write_text(text + "\n")
     print(text)
 
 
-def save_samples(variants: list[str], kinds: list[str], state_dir: Path, path: Path, columns: int = 6) -> None:
-    """Writes a row for each variant that has samples of one of the kinds: the first ones of its first seed."""
-    images = []
-    for variant in variants:
-        folders = [
-            folder for kind in kinds for folder in sorted(state_dir.glob(f"{variant}/*-measured/samples/{kind}"))
-        ]
-        images += [Image.open(file) for folder in folders[:1] for file in sorted(folder.glob("*.png"))[:columns]]
-    if images:
-        save_image_grid(images, columns, path)
-
-
-def plot(results: dict[str, list[dict]], panels: list[str], path: Path) -> None:
-    """A panel for each metric of the plan: a bar for each variant, a dot for each seed.
-
-    A metric `nats_depth` is the stack of all `nats_depth_k`; `METRIC@` is a line over all temperatures.
-    """
-    figure = import_figure()(figsize=(5.5 * len(panels), 3.8), layout="constrained")
-    for axes, metric in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
-        if metric.endswith("@"):
-            _lines(axes, results, metric)
-        elif metric == "nats_depth":
-            _stack(axes, results)
-        else:
-            _bars(axes, results, metric)
-        axes.set_title(metric.rstrip("@").replace("_", " "), fontsize=10)
-        axes.grid(alpha=0.3, axis="y")
-    figure.savefig(path, dpi=110)
-
-
-def _names(axes, results: dict[str, list[dict]]) -> list[int]:
-    places = list(range(len(results)))
-    axes.set_xticks(places, [name.rpartition("/")[2] for name in results], rotation=30, ha="right")
-    return places
-
-
-def _bars(axes, results: dict[str, list[dict]], metric: str) -> None:
-    for place, seeds in zip(_names(axes, results), results.values(), strict=True):
-        values = [one[metric] for one in seeds if one.get(metric) is not None]
-        if values:
-            axes.bar(place, statistics.mean(values), color="#8fb3d9")
-            axes.plot([place] * len(values), values, "k.", markersize=5)
-
-
-def _stack(axes, results: dict[str, list[dict]]) -> None:
-    bottoms = [0.0] * len(results)
-    places, depth = _names(axes, results), 1
-    while any(f"nats_depth_{depth}" in seeds[0] for seeds in results.values()):
-        means = [statistics.mean(one.get(f"nats_depth_{depth}", 0.0) for one in seeds) for seeds in results.values()]
-        axes.bar(places, means, bottom=bottoms, label=f"depth {depth}")
-        bottoms = [low + mean for low, mean in zip(bottoms, means, strict=True)]
-        depth += 1
-    axes.legend(fontsize=8)
-    axes.set_ylabel("held-out nats an image")
-
-
-def _lines(axes, results: dict[str, list[dict]], metric: str) -> None:
-    for variant, seeds in results.items():
-        points = defaultdict(list)
-        for one in seeds:
-            for name, value in one.items():
-                if name.startswith(metric) and _is_number(name[len(metric) :]):
-                    points[float(name[len(metric) :])].append(value)
-        if points:
-            places = sorted(points)
-            means = [statistics.mean(points[place]) for place in places]
-            axes.plot(places, means, marker="o", label=variant.rpartition("/")[2])
-            axes.legend(fontsize=8)
-    axes.set_xlabel("temperature")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def show_samples(kinds: dict[str, list[str]], real: str | None, state_dir: Path, path: Path) -> None:
+    """Writes a row of images for each variant and each kind of images that it has, below a row of real ones."""
+    rows = {
+        f"{short(variant)}, {kind}": sampled_images(state_dir, variant, kind)
+        for variant, of_variant in kinds.items()
+        for kind in of_variant
+    }
+    rows = {title: images for title, images in rows.items() if images}
+    if rows and real:
+        size = next(iter(rows.values()))[0].size
+        rows = {"held-out pages": real_images(state_dir / real, size)} | rows
+    if rows:
+        save_rows({title: images for title, images in rows.items() if images}, path)

@@ -10,6 +10,8 @@ import argparse
 import ast
 import sys
 import sysconfig
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -18,15 +20,22 @@ from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, Trainer, 
 from transformers.trainer_utils import get_last_checkpoint
 
 
-def documentation() -> str:
-    """The topics of pydoc and all docstrings of the standard library's modules, with whitespace as single spaces."""
-    texts = list(topics.values())
+def documentation(num_documents: int | None = None) -> str:
+    """The topics of pydoc and all docstrings of the standard library's modules, with whitespace as single spaces.
+
+    `num_documents`: only the first ones.
+    """
+    return "\n".join(" ".join(text.split()) for text in dict.fromkeys(islice(documents(), num_documents)))
+
+
+def documents() -> Iterator[str]:
+    """The topics and docstrings as they are; some occur twice."""
+    yield from topics.values()
     library = Path(sysconfig.get_path("stdlib"))
     for name in sorted(sys.stdlib_module_names):
         for file in [library / f"{name}.py", *sorted((library / name).rglob("*.py"))]:
             if file.is_file() and "test" not in file.parts:
-                texts += docstrings(file.read_text(encoding="utf-8", errors="replace"))
-    return "\n".join(" ".join(text.split()) for text in dict.fromkeys(texts))
+                yield from docstrings(file.read_text(encoding="utf-8", errors="replace"))
 
 
 def docstrings(source: str) -> list[str]:
@@ -58,10 +67,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder of the model and its tokenizer.")
     parser.add_argument("--max_train_steps", type=int, default=800, help="Steps of 16 windows of 256 bytes.")
+    parser.add_argument("--num_documents", type=int, help="Topics and docstrings to take; default: all.")
     parser.add_argument("--seed", type=int, default=0, help="Of the weights and the order of the text.")
     args = parser.parse_args()
     tokenizer = ByT5Tokenizer(extra_ids=0)
-    text = documentation()
+    text = documentation(args.num_documents)
     print(f"{len(text) / 1e6:.1f} million characters of documentation of Python {sys.version.split()[0]}")
     torch.manual_seed(args.seed)
     sizes = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6)

@@ -37,21 +37,40 @@ def network_and_flops(folder: Path) -> tuple[nn.Module | ModelMixin, int]:
     return model, training_flops(lambda: model(labels, codes, labels=codes).loss)
 
 
-def row(folder: Path) -> dict:
-    """One row of the table; ValueError without a checkpoint."""
+def trained(folder: Path) -> dict[str, float]:
+    """What a training has cost so far: `parameters`, `flops_per_image`, `images_per_step`, `steps`, `images`, `flops`.
+
+    Raises:
+        ValueError: the folder has no checkpoint.
+    """
     steps, checkpoint = find_checkpoint(str(folder), "latest")
     if checkpoint is None:
         raise ValueError(f"{folder} has no checkpoint, which says how long it was trained.")
     network, flops = network_and_flops(next(checkpoint / name for name in RESULTS if (checkpoint / name).is_dir()))
     images = read_json(checkpoint / FILE)["facts"]["samples_per_step"]
     return {
-        "model": str(folder),
         "parameters": sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad),
-        "FLOPs an image": float(flops),
-        "images a step": images,
+        "flops_per_image": float(flops),
+        "images_per_step": images,
         "steps": steps,
-        "FLOPs in all": float(flops * images * steps),
+        "images": images * steps,
+        "flops": float(flops * images * steps),
     }
+
+
+HEADINGS = {
+    "parameters": "parameters",
+    "flops_per_image": "FLOPs an image",
+    "images_per_step": "images a step",
+    "steps": "steps",
+    "flops": "FLOPs in all",
+}
+
+
+def row(folder: Path) -> dict:
+    """One row of the table; ValueError without a checkpoint."""
+    facts = trained(folder)
+    return {"model": str(folder)} | {heading: facts[name] for name, heading in HEADINGS.items()}
 
 
 def main() -> None:

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
 
 from dnd_hf import DnDForImageGeneration, bundled_checkpoint
 from dnd_hf.command_line import parse_arguments
@@ -157,25 +159,114 @@ def test_a_claim_runs_from_the_text_to_its_table_and_never_twice(books, tmp_path
     run_claim(monkeypatch, *options, "--only", "C2/vertical-2")
 
 
-def test_a_rival_of_c4_is_trained_beside_dnd_and_measured_with_each_of_its_samplers(
-    books, tmp_path, monkeypatch, capsys
-):
+def test_c4_runs_from_the_choice_of_learning_rates_to_its_tables_and_its_figure(books, tmp_path, monkeypatch, capsys):
     vqvae = str(Path(bundled_checkpoint("words"), "vqvae"))
-    options = ["--claim", "C4", "--state_dir", str(tmp_path), "--vqvae", vqvae, "--quick", "--seeds", "0"]
-    run_claim(monkeypatch, *options, "--only", "C4/flow")
-    results = json.loads((tmp_path / "C4/flow/0-measured/results.json").read_text())
-    for sampler in ("euler-50", "heun-25", "heun-25-nearest-codes"):
-        assert f"vocabulary_rate@{sampler}" in results  # without a number where no page has a word
-        assert len(list((tmp_path / "C4/flow/0-measured/samples" / sampler).glob("*.png"))) == 4
+    run_claim(monkeypatch, "--claim", "C4", "--state_dir", str(tmp_path), "--vqvae", vqvae, "--quick", "--seeds", "0")
+    for rival in ("ddpm", "flow"):
+        tuned = json.loads((tmp_path / f"C4/tuned-{rival}/results.json").read_text())
+        losses = {run["learning rate"]: run["held-out loss"] for run in tuned["runs"]}
+        assert sorted(losses) == [3e-4, 1e-3, 3e-3] and losses[tuned["learning_rate"]] == min(losses.values())
+        trained = json.loads((tmp_path / f"C4/{rival}/0/checkpoint-2/settings.json").read_text())
+        assert trained["options"]["learning_rate"] == tuned["learning_rate"]
+    samplers = {
+        "dnd": ["0.5", "0.7", "1.0"],
+        "ddpm": ["ddim-50", "dpm-solver-25", "ddpm-250"],
+        "flow": ["euler-50", "heun-25", "heun-25-nearest-codes"],
+    }
     output = capsys.readouterr().out
-    assert "| dnd-4 | 1 |" in output and "| flow | 1 |" in output
-    ours = json.loads((tmp_path / "C2/dnd-4/0-measured/results.json").read_text())
-    assert results["parameters"] == pytest.approx(ours["parameters"], rel=0.05)
+    for name, kinds in samplers.items():
+        results = json.loads((tmp_path / f"C4/{name}/0-measured/results.json").read_text())
+        assert (results["training_steps"], results["training_images"]) == (2, 8) and results["training_flops"] > 0
+        for kind in kinds:
+            assert f"vocabulary_rate@{kind}" in results and f"| {name} {kind} | 1 |" in output
+            assert len(list((tmp_path / f"C4/{name}/0-measured/samples" / kind).glob("*.png"))) == 4
+    judged = json.loads((tmp_path / "C4/perplexity-of-bytes-0/results.json").read_text())
+    assert judged["C2/tokenizer-4"]["ppl_of_bytes@real"] > 1
+    # A row of 8 real pages, and one of each model's best samples.
+    figure = Image.open(tmp_path / "C4_samples.png")
+    assert figure.width > 8 * 128 and figure.height > 4 * 64
+
+
+def test_rivals_of_c4_have_as_many_parameters_as_dnd_and_its_floating_point_operations(monkeypatch):
+    monkeypatch.syspath_prepend(str(CLAIMS))
+    from fit_codes import changed
+    from rivals import LatentFlow, training_flops
+
+    given = ["--dataset_name", "x", "--output_dir", "y"]
+    plan = yaml.safe_load((CLAIMS / "C4.yaml").read_text())
+    options = shlex.split(plan["variants"]["C4/dnd"]["train"])[3:]
+    ours = read("pages_transformer", "train.py", "DnDArguments", *options, "--output_dir", "x")
+    verses = read("verses_rqvae", "train_rqvae.py", "RQVAEArguments", *given).make_vae()
+    pages = dict(code_depth=4, code_patch_size=[2, 2], sample_size=[64, 128], shared_codebook=False)
+    vae = changed(verses, **pages).eval()
+    model = ours.make_transformer(vae, grid_size=(4, 8), num_classes=1, id2label={0: "text"}).train()
+    codes, label = torch.zeros(1, 4, 8, 4, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    compute = training_flops(lambda: model(label, codes, labels=codes).loss) * 32 * ours.max_train_steps
+    ddpm = read("pages_ddpm", "claims/diffusion.py", "DiffusionArguments", *given)
+    flow = read("pages_flow", "claims/diffusion.py", "DiffusionArguments", *given, "--vqvae", "x")
+    shape = flow.num_hidden_layers, flow.num_attention_heads, flow.attention_head_dim
+    latents = LatentFlow.new(vae, torch.rand(2, 3, 64, 128), *shape)
+    for rival, settings in ((ddpm.make_ddpm((64, 128)), ddpm), (latents, flow)):
+        assert count(rival.network) == pytest.approx(count(model), rel=0.05)
+        assert settings.max_training_flops == pytest.approx(compute, rel=0.001)
+
+
+def count(network: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def write_run(folder: Path, rate: float, loss: float, steps: int = 4, batch: int = 2) -> Path:
+    """What a run of diffusion.py leaves for best_learning_rate.py."""
+    (folder / f"checkpoint-{steps}").mkdir(parents=True)
+    options = {"learning_rate": rate, "output_dir": folder.name, "train_batch_size": batch}
+    (folder / f"checkpoint-{steps}" / "settings.json").write_text(json.dumps({"options": options, "facts": {}}))
+    lines = [{"step": 2, "validation/loss": 0.0}, {"step": steps, "train/loss": 0.1}]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": steps, "validation/loss": loss}) + "\n")
+    return folder
+
+
+def choose(monkeypatch, tmp_path: Path, runs: list[Path]) -> dict:
+    """The settings that best_learning_rate.py writes."""
+    (tmp_path / "base.yaml").write_text("rival: flow\nlearning_rate: 0.5\n")
+    options = ["--runs", *map(str, runs), "--config", str(tmp_path / "base.yaml"), "--output_dir", str(tmp_path / "o")]
+    monkeypatch.setattr(sys, "argv", ["best_learning_rate.py", *options])
+    runpy.run_path(str(CLAIMS / "best_learning_rate.py"), run_name="__main__")
+    return yaml.safe_load((tmp_path / "o" / "config.yaml").read_text())
+
+
+def test_the_learning_rate_with_the_lowest_last_loss_is_chosen_and_one_at_the_end_is_told(
+    tmp_path, monkeypatch, capsys
+):
+    runs = [write_run(tmp_path / str(i), rate, loss) for i, (rate, loss) in enumerate([(1, 3.0), (3, 2.0), (2, 1.0)])]
+    assert choose(monkeypatch, tmp_path, runs) == {"rival": "flow", "learning_rate": 2}
+    assert "rate beyond" not in capsys.readouterr().out
+    assert choose(monkeypatch, tmp_path, runs[:2]) == {"rival": "flow", "learning_rate": 3}
+    assert "rate beyond" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("other", [{"steps": 5}, {"batch": 3}, {"rate": 1}])
+def test_runs_that_cannot_be_compared_by_their_learning_rate_are_refused(tmp_path, monkeypatch, other):
+    runs = [write_run(tmp_path / "a", 1, 1.0), write_run(tmp_path / "b", **({"rate": 2, "loss": 1.0} | other))]
+    with pytest.raises(ValueError, match="learning rate"):
+        choose(monkeypatch, tmp_path, runs)
+
+
+def test_a_run_that_was_not_validated_at_its_end_is_refused(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "a", 1, 1.0)
+    (run / "checkpoint-6").mkdir()
+    with pytest.raises(ValueError, match="no held-out loss at its last step"):
+        choose(monkeypatch, tmp_path, [run])
 
 
 @pytest.mark.parametrize("claim", sorted(path.stem for path in CLAIMS.glob("C*.yaml")))
-def test_every_command_of_a_claim_has_options_that_its_script_takes(claim, monkeypatch):
+def test_every_command_of_a_claim_has_options_that_its_script_takes(claim, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(CLAIMS)
+    monkeypatch.chdir(tmp_path)
+    for rival in ("ddpm", "flow"):  # what best_learning_rate.py will have written
+        Path("C4", f"tuned-{rival}").mkdir(parents=True)
+        Path("C4", f"tuned-{rival}", "config.yaml").write_text((CLAIMS / f"pages_{rival}.yaml").read_text())
     steps = runpy.run_path(str(CLAIMS / "run.py"))["steps_of"](claim, [0, 1])
     assert any(name.endswith("/1") for name in steps)
     for name, command in steps.items():
