@@ -1,7 +1,7 @@
 """The plot of a claim, and a figure of images, from the results and samples of its runs; called by tables.py."""
 
+import math
 import statistics
-from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -56,12 +56,22 @@ def sampled_images(state_dir: Path, variant: str, kind: str) -> list[Image.Image
     return [Image.open(file) for folder in folders[:1] for file in sorted(folder.glob("*.png"))[:NUM_IMAGES]]
 
 
+def values(seeds: list[dict], metric: str) -> list[float]:
+    """A metric of each seed that has it; it is not a number where there was nothing to measure."""
+    return [one[metric] for one in seeds if one.get(metric) is not None and not math.isnan(one[metric])]
+
+
 def plot(results: Results, bounds: Results, panels: dict[str, str], path: Path) -> None:
     """A panel for each metric of the plan under its title: a bar for each variant, a dot for each seed.
 
     A metric `nats_depth` is the stack of all `nats_depth_k`; `METRIC@` is a line over the temperatures, with the value
-    of the real images beside it; `METRIC_depth` is a line over the depths.
+    of the real images beside it; `nats_a_code_depth` is a line over the depths, beside `entropy_depth`. What no variant
+    has is left out.
     """
+    known = {name for seeds in [*results.values(), *bounds.values()] for one in seeds for name in one}
+    panels = {metric: title for metric, title in panels.items() if any(name.startswith(metric) for name in known)}
+    if not panels:
+        return
     figure = import_figure()(figsize=(5 * len(panels), 3.8), layout="constrained")
     for axes, (metric, title) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True):
         axes.set_title(title, fontsize=11)
@@ -70,15 +80,11 @@ def plot(results: Results, bounds: Results, panels: dict[str, str], path: Path) 
             _over_temperature(axes, results, bounds, metric)
         elif metric == "nats_depth":
             _stack(axes, results)
-        elif metric.endswith("_depth"):
-            _over_depth(axes, results, metric)
+        elif metric == "nats_a_code_depth":
+            _over_depth(axes, results)
         else:
             _bars(axes, results, metric)
     figure.savefig(path, dpi=110)
-
-
-def _values(seeds: list[dict], metric: str) -> list[float]:
-    return [one[metric] for one in seeds if one.get(metric) is not None]
 
 
 def _names(axes, results: Results) -> list[int]:
@@ -89,10 +95,10 @@ def _names(axes, results: Results) -> list[int]:
 
 def _bars(axes, results: Results, metric: str) -> None:
     for place, seeds in zip(_names(axes, results), results.values(), strict=True):
-        values = _values(seeds, metric)
-        if values:
-            axes.bar(place, statistics.mean(values), color="#8fb3d9")
-            axes.plot([place] * len(values), values, "k.", markersize=5)
+        of_seeds = values(seeds, metric)
+        if of_seeds:
+            axes.bar(place, statistics.mean(of_seeds), color="#8fb3d9")
+            axes.plot([place] * len(of_seeds), of_seeds, "k.", markersize=5)
 
 
 def _stack(axes, results: Results) -> None:
@@ -106,38 +112,41 @@ def _stack(axes, results: Results) -> None:
     axes.legend(fontsize=8)
 
 
-def _over_depth(axes, results: Results, metric: str) -> None:
-    for variant, seeds in results.items():
-        points, depth = [], 1
-        while values := _values(seeds, f"{metric}_{depth}"):
-            points.append(statistics.mean(values))
-            depth += 1
-        if points:
-            axes.plot(range(1, depth), points, marker="o", label=short(variant))
-            axes.legend(fontsize=8)
+def _over_depth(axes, results: Results) -> None:
+    for number, (variant, seeds) in enumerate(results.items()):
+        for metric, style, meaning in (("nats_a_code", "o-", "held-out nats"), ("entropy", "s--", "entropy")):
+            depths = range(1, 1 + sum(name.startswith(f"{metric}_depth_") for name in seeds[0]))
+            means = [statistics.mean(values(seeds, f"{metric}_depth_{depth}")) for depth in depths]
+            axes.plot(depths, means, style, color=f"C{number}", label=f"{short(variant)}, {meaning}")
     axes.set_xlabel("depth of the code")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_ylim(bottom=0)
+    axes.update_datalim([(1, 0)])
+    axes.autoscale_view()
+    axes.legend(fontsize=8)
 
 
 def _over_temperature(axes, results: Results, bounds: Results, metric: str) -> None:
     for variant, seeds in results.items():
-        points = defaultdict(list)
-        for one in seeds:
-            for name, value in one.items():
-                if name.startswith(metric) and value is not None and _is_number(name[len(metric) :]):
-                    points[float(name[len(metric) :])].append(value)
+        points = {}
+        for name in {name for one in seeds for name in one if name.startswith(metric)}:
+            of_seeds, temperature = values(seeds, name), name.removeprefix(metric)
+            if of_seeds and _is_number(temperature):
+                points[float(temperature)] = statistics.mean(of_seeds)
         if points:
             places = sorted(points)
-            axes.plot(places, [statistics.mean(points[place]) for place in places], marker="o", label=short(variant))
-    real = [value for seeds in bounds.values() for value in _values(seeds, f"{metric}real")]
+            axes.plot(places, [points[place] for place in places], marker="o", label=short(variant))
+    real = [value for seeds in bounds.values() for value in values(seeds, f"{metric}real")]
     if real:
         axes.axhline(statistics.mean(real), color="black", linestyle="--", label="held-out pages")
     if metric.startswith("ppl"):
         axes.set_yscale("log")
-    if axes.lines:
-        axes.legend(fontsize=8)
+    axes.legend(fontsize=8)
     axes.set_xlabel("temperature")
+
+
+def kind_title(kind: str) -> str:
+    """What a row of images is called: a temperature, temperatures by depth, or the name of a sampler."""
+    return f"temperature {kind}" if all(map(_is_number, kind.split(","))) else kind
 
 
 def _is_number(text: str) -> bool:

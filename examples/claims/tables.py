@@ -11,7 +11,7 @@ import math
 import statistics
 from pathlib import Path
 
-from plots import Results, plot, real_images, sampled_images, save_rows, short
+from plots import Results, kind_title, plot, real_images, sampled_images, save_rows, short, values
 
 from dnd_hf.figures import markdown_table
 
@@ -40,11 +40,11 @@ def results_of(state_dir: Path, files: dict[str, list[Path]]) -> Results:
     return {name: [read(file) for file in found] for name, found in files.items() if found}
 
 
-def mean_and_spread(values: list[float], digits: int = 4) -> str:
+def mean_and_spread(numbers: list[float], digits: int = 4) -> str:
     """`mean ± standard deviation`; of one value the value, of values that are all equal that one."""
-    mean = statistics.mean(values)
+    mean = statistics.mean(numbers)
     shown = f"{mean:,.0f}" if abs(mean) >= 10**digits else f"{mean:.{digits}g}"
-    return shown if len(set(values)) < 2 else f"{shown} ± {statistics.stdev(values):.2g}"
+    return shown if len(set(numbers)) < 2 else f"{shown} ± {statistics.stdev(numbers):.2g}"
 
 
 def table(results: Results, columns: dict[str, str]) -> str:
@@ -53,8 +53,8 @@ def table(results: Results, columns: dict[str, str]) -> str:
     for variant, seeds in results.items():
         row: dict = {"": short(variant), "seeds": len(seeds)}
         for metric, heading in columns.items():
-            values = [one[metric] for one in seeds if one.get(metric) is not None]
-            row[heading] = mean_and_spread(values) if values else None
+            of_seeds = values(seeds, metric)
+            row[heading] = mean_and_spread(of_seeds) if of_seeds else None
         rows.append(row)
     return markdown_table(rows)
 
@@ -76,9 +76,9 @@ def best_kinds(results: Results, metric: str) -> dict[str, str]:
     best: dict[str, tuple[float, str]] = {}
     for name, seeds in by_kind(results).items():
         variant, _, kind = name.rpartition(" ")
-        values = [one[metric] for one in seeds if one.get(metric) is not None]
-        if values:
-            best[variant] = max(best.get(variant, (-math.inf, "")), (statistics.mean(values), kind))
+        of_seeds = values(seeds, metric)
+        if of_seeds:
+            best[variant] = max(best.get(variant, (-math.inf, "")), (statistics.mean(of_seeds), kind))
     return {variant: kind for variant, (_, kind) in best.items()}
 
 
@@ -117,7 +117,7 @@ def show(claim: str, plan: dict, state_dir: Path) -> None:
 def show_samples(kinds: dict[str, list[str]], real: str | None, state_dir: Path, path: Path) -> None:
     """Writes a row of images for each variant and each kind of images that it has, below a row of real ones."""
     rows = {
-        f"{short(variant)}, {kind}": sampled_images(state_dir, variant, kind)
+        f"{short(variant)}, {kind_title(kind)}": sampled_images(state_dir, variant, kind)
         for variant, of_variant in kinds.items()
         for kind in of_variant
     }
