@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_gguf_available
 
@@ -30,7 +31,8 @@ class LanguageModel:
         device: where it runs; its weights keep their dtype, the likelihoods are float32.
         max_length: tokens read at once, at least 2; the model's own limit, and no more than this.
 
-    Call with one text; returns its [`TextScore`], with 0 tokens for a text too short to score.
+    Call with a sequence of texts; returns the [`TextScore`] of each, with 0 tokens for a text too short to score. Short
+    texts are read together, no more than `max_length` tokens at once, which changes nothing but rounding.
 
     Raises:
         ImportError: `gguf_file` without the package `gguf`.
@@ -57,17 +59,35 @@ class LanguageModel:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.max_length = min(max_length, limit or max_length)
 
-    @torch.inference_mode()
-    def __call__(self, text: str) -> TextScore:
+    def __call__(self, texts: Sequence[str]) -> list[TextScore]:
+        windows = [(number, window) for number, text in enumerate(texts) for window in self._windows(text)]
+        windows.sort(key=lambda window: len(window[1]), reverse=True)
+        nlls, num_tokens = [0.0] * len(texts), [0] * len(texts)
+        while windows:
+            size = max(1, self.max_length // len(windows[0][1]))
+            batch, windows = windows[:size], windows[size:]
+            for (number, window), nll in zip(batch, self._nlls([window for _, window in batch]), strict=True):
+                nlls[number] += nll
+                num_tokens[number] += len(window) - 1
+        return [TextScore(*score) for score in zip(nlls, num_tokens, strict=True)]
+
+    def _windows(self, text: str) -> list[list[int]]:
+        """The tokens of a text in windows of at most `max_length`; each begins with the last one of that before."""
         tokens = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         if self.tokenizer.bos_token_id is not None:
             tokens = [self.tokenizer.bos_token_id, *tokens]
-        nll = 0.0
-        for start in range(0, len(tokens) - 1, self.max_length - 1):
-            window = torch.tensor([tokens[start : start + self.max_length]], device=self.model.device)
-            logits = self.model(window).logits[0, :-1].float()
-            nll += F.cross_entropy(logits, window[0, 1:], reduction="sum").item()
-        return TextScore(nll, max(0, len(tokens) - 1))
+        step = self.max_length - 1
+        return [tokens[start : start + self.max_length] for start in range(0, len(tokens) - 1, step)]
+
+    @torch.inference_mode()
+    def _nlls(self, windows: list[list[int]]) -> list[float]:
+        """Of each window, the negative log-likelihood of all its tokens but the first."""
+        padded = pad_sequence([torch.tensor(window) for window in windows], batch_first=True).to(self.model.device)
+        lengths = torch.tensor([len(window) for window in windows], device=padded.device)
+        kept = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
+        logits = self.model(padded, attention_mask=kept.long()).logits[:, :-1].float()
+        nlls = F.cross_entropy(logits.transpose(1, 2), padded[:, 1:], reduction="none")
+        return nlls.where(kept[:, 1:], 0).sum(1).tolist()
 
 
 def perplexity(scores: Sequence[TextScore]) -> float:

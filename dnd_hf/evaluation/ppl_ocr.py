@@ -1,7 +1,8 @@
 """PPL_OCR: how likely a language model finds the text that is read from images (arXiv 2410.01912, Section 4.4)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -69,7 +70,7 @@ def run(options: PplOCROptions) -> Report:
 def evaluate_ppl_ocr(
     dataset: ImageItems,
     engine: OCREngine,
-    language_model: Callable[[str], TextScore],
+    language_model: Callable[[Sequence[str]], list[TextScore]],
     seed: int = 0,
     batch_size: int = 16,
     num_workers: int = 0,
@@ -79,9 +80,9 @@ def evaluate_ppl_ocr(
     Args:
         dataset: items as of an `ImageDataset`.
         engine: reads the images.
-        language_model: a [`LanguageModel`], or any function from a text to its [`TextScore`].
+        language_model: a [`LanguageModel`], or any function from texts to the [`TextScore`] of each.
         seed: of the shuffling.
-        batch_size: images read from `dataset` at once, at least 1.
+        batch_size: images read from `dataset`, and texts given to `language_model`, at once; at least 1.
         num_workers: processes that read the data set.
 
     Returns:
@@ -94,7 +95,8 @@ def evaluate_ppl_ocr(
         ValueError: every image is broken.
     """
     failures: list[Failure] = []
-    texts, scores, shuffled = [], [], []
+    texts: list[dict[str, Any]] = []
+    scores, shuffled = [], []
     for indices, images, _ in read_batches(dataset, batch_size, failures, num_workers, "OCR"):
         for index, image in zip(indices, to_images(images), strict=True):
             text, reason = try_to_read(engine, image)
@@ -102,14 +104,17 @@ def evaluate_ppl_ocr(
                 texts.append({"index": index, "text": text})
             else:
                 failures.append(Failure(index, "OCR", reason or "there is no readable text"))
-    for text in tqdm(texts, desc="Perplexity", unit=" texts"):
-        score = language_model(text["text"])
-        text |= score._asdict()
-        if score.num_tokens:
-            scores.append(score)
-            shuffled.append(language_model(shuffle_words(text["text"], seed + text["index"])))
-        else:
-            failures.append(Failure(text["index"], "perplexity", f"the text {text['text']!r} is too short"))
+    for start in tqdm(range(0, len(texts), batch_size), desc="Perplexity", unit=" batches"):
+        batch = texts[start : start + batch_size]
+        in_order = language_model([read["text"] for read in batch])
+        in_disorder = language_model([shuffle_words(read["text"], seed + read["index"]) for read in batch])
+        for read, score, other in zip(batch, in_order, in_disorder, strict=True):
+            read |= score._asdict()
+            if score.num_tokens:
+                scores.append(score)
+                shuffled.append(other)
+            else:
+                failures.append(Failure(read["index"], "perplexity", f"the text {read['text']!r} is too short"))
     return {
         "num_images": len(scores),
         "num_tokens": sum(score.num_tokens for score in scores),

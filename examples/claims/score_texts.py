@@ -40,8 +40,8 @@ def perplexities(file: Path, language_model: LanguageModel, num_texts: int, suff
     metrics = {}
     for name, lines in groups.items():
         lines = lines[:num_texts]
-        scores = [language_model(line["text"]) for line in lines]
-        shuffled = [language_model(shuffle_words(line["text"], line["index"])) for line in lines]
+        scores = language_model([line["text"] for line in lines])
+        shuffled = language_model([shuffle_words(line["text"], line["index"]) for line in lines])
         if any(score.num_tokens for score in scores):
             metrics[f"ppl{suffix}@{name}"] = perplexity(scores)
             metrics[f"shuffled_ppl{suffix}@{name}"] = perplexity(shuffled)

@@ -53,15 +53,35 @@ def summed(folder, text: str, begin: bool, context: int = 6) -> tuple[float, int
 @pytest.mark.parametrize("text", ["a b c", "h h x h", "d", "a b c d e f g h a b c d e f", ""])
 def test_a_text_is_scored_as_its_tokens_one_by_one(model_folder, text):
     folder, begin = model_folder
-    score = LanguageModel(str(folder))(text)
+    (score,) = LanguageModel(str(folder))([text])
     nll, num_tokens = summed(folder, text, begin)
     assert score.num_tokens == num_tokens and score.nll == pytest.approx(nll, rel=1e-5)
 
 
 def test_a_shorter_window_scores_every_token_once(model_folder):
     folder, begin = model_folder
-    score = LanguageModel(str(folder), max_length=3)("a b c d e f g")
+    (score,) = LanguageModel(str(folder), max_length=3)(["a b c d e f g"])
     assert score == pytest.approx(summed(folder, "a b c d e f g", begin, context=3), rel=1e-5)
+
+
+def test_texts_scored_together_have_the_scores_that_they_have_apart(model_folder):
+    folder, begin = model_folder
+    texts = ["a b c d e f g h a b c", "h", "", "d e", "b b b b b b", "c d", "g"]
+    scores = LanguageModel(str(folder))(texts)
+    for text, score in zip(texts, scores, strict=True):
+        assert score == pytest.approx(summed(folder, text, begin), rel=1e-5), text
+
+
+def test_no_more_tokens_than_max_length_are_read_at_once(model_folder, monkeypatch):
+    folder, _ = model_folder
+    language_model, shapes = LanguageModel(str(folder)), []
+    forward = language_model.model.forward
+    monkeypatch.setattr(
+        language_model.model, "forward", lambda x, **rest: (shapes.append(x.shape), forward(x, **rest))[1]
+    )
+    language_model(["a b"] * 4 + ["a b c d e f"])
+    assert max(rows * columns for rows, columns in shapes) <= 6
+    assert any(rows > 1 for rows, _ in shapes)
 
 
 GGUF_NAMES = {
@@ -118,7 +138,7 @@ def test_a_model_of_a_gguf_file_scores_as_the_one_it_was_made_from(tmp_path):
     config = LlamaConfig(vocab_size=len(tokens), max_position_embeddings=16, initializer_range=0.8, **sizes)
     model = LlamaForCausalLM(config).eval()
     write_gguf(model, tokens, tmp_path / "tiny.gguf")
-    score = LanguageModel(str(tmp_path), gguf_file="tiny.gguf")("ab c")
+    (score,) = LanguageModel(str(tmp_path), gguf_file="tiny.gguf")(["ab c"])
     ids = torch.tensor([[0, 4, 5, 3]])
     with torch.no_grad():
         log_probs = model(ids).logits[0, :-1].log_softmax(-1)
