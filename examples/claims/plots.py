@@ -139,7 +139,9 @@ def _over_temperature(axes, results: Results, bounds: Results, metric: str) -> N
     if real:
         axes.axhline(statistics.mean(real), color="black", linestyle="--", label="held-out pages")
     if metric.startswith("ppl"):
-        axes.set_yscale("log")
+        axes.set_yscale("log", subs=[2, 5])
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_minor_formatter("{x:,.0f}")
     axes.legend(fontsize=8)
     axes.set_xlabel("temperature")
 
