@@ -13,7 +13,7 @@ import traceback
 import warnings
 from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import Field, fields
 from functools import partial
 from pathlib import Path
@@ -149,7 +149,8 @@ def _leave(message: str, code: int) -> NoReturn:
     print(line + _launcher_note(), file=sys.stderr)
     if "TORCHELASTIC_ERROR_FILE" in os.environ:  # of torchrun, whose report ends with this message
         report = {"message": line, "timestamp": int(time.time())}
-        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(report), encoding="utf-8")
+        with suppress(OSError):  # the disk may be full
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(report), encoding="utf-8")
     sys.exit(code)
 
 

@@ -155,6 +155,15 @@ TWO_PROCESSES = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2
 NOTE = " (What follows is the report of the launcher, whose last lines repeat this.)"
 
 
+def test_an_error_is_one_line_also_where_the_file_of_the_launcher_cannot_be_written(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone/error.json"))
+    monkeypatch.setattr(sys, "argv", [__file__, "--error", "disk"])
+    with pytest.raises(SystemExit) as end:
+        run_script(main, Options)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 1 and "No space left on device" in line
+
+
 def test_of_several_processes_the_main_one_says_what_is_wrong_and_the_report_of_the_launcher_ends_with_it(tmp_path):
     output, line = run_launched(tmp_path, "raise ValueError('`seed` must be odd.')", TWO_PROCESSES)
     assert line == f"script.py: error: --seed must be odd.{NOTE}"
