@@ -109,7 +109,8 @@ def _stack(axes, results: Results) -> None:
         axes.bar(places, means, bottom=bottoms, label=f"depth {depth}")
         bottoms = [low + mean for low, mean in zip(bottoms, means, strict=True)]
         depth += 1
-    axes.legend(fontsize=8)
+    axes.margins(y=0.15)
+    axes.legend(fontsize=8, ncols=4, loc="upper left")
 
 
 def _over_depth(axes, results: Results) -> None:

@@ -43,7 +43,7 @@ def results_of(state_dir: Path, files: dict[str, list[Path]]) -> Results:
 def mean_and_spread(numbers: list[float], digits: int = 4) -> str:
     """`mean ± standard deviation`; of one value the value, of values that are all equal that one."""
     mean = statistics.mean(numbers)
-    shown = f"{mean:,.0f}" if abs(mean) >= 10**digits else f"{mean:.{digits}g}"
+    shown = f"{mean:,.0f}" if 10**digits <= abs(mean) < 1e9 else f"{mean:.{digits}g}"
     return shown if len(set(numbers)) < 2 else f"{shown} ± {statistics.stdev(numbers):.2g}"
 
 
