@@ -1,4 +1,4 @@
-"""Draws docs/images/overview.png: what the bundled model generates, and how an image sharpens with each code.
+"""Draws docs/images/overview.png: what the bundled model `words` generates, and how an image sharpens with each code.
 
 python docs/draw_overview.py
 """

@@ -38,8 +38,9 @@ LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 def offered_models() -> list[str]:
-    """The default of `models`; a Space, which has no command line, says it by its variable."""
-    return os.environ.get("DND_HF_MODELS", "").split() or bundled_names()
+    """The default of `models`; a Space, which has no command line, says it by its variable. The page opens with
+    the first."""
+    return os.environ.get("DND_HF_MODELS", "").split() or sorted(bundled_names(), key=lambda name: name != "words")
 
 
 @dataclass

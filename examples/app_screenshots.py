@@ -35,7 +35,7 @@ SHOTS = (
 )
 """Those of the documentation."""
 CELLS = ((5.5, 1.5), (10.5, 2.5))
-"""(column, row) of the clicks, in cells of the bundled model."""
+"""(column, row) of the clicks, in cells of `words`."""
 
 
 @dataclass

@@ -40,7 +40,7 @@ from dnd_hf.messages import counted
 class GenerationArguments(SamplingArguments):
     """Options of this script; they can also be in a YAML file given as `--config`."""
 
-    model: str = HfArg(default="words", help="`words` (comes with the package), a pipeline folder, or a Hub id.")
+    model: str = HfArg(default="words", help="`words` or `verses` (bundled), a pipeline folder, or a Hub id.")
     labels: list[str] = HfArg(
         default_factory=list, help="Names or numbers of classes; default: 16 spread over all classes."
     )

@@ -303,7 +303,8 @@ def test_a_page_that_others_can_reach_loads_no_other_models(app, monkeypatch):
 
 def test_the_offered_models_are_the_bundled_ones_or_those_of_the_environment(app, monkeypatch):
     monkeypatch.delenv("DND_HF_MODELS", raising=False)
-    assert app.AppArguments().models == bundled_names()
+    assert sorted(app.AppArguments().models) == bundled_names()
+    assert app.AppArguments().models[0] == "words"
     monkeypatch.setenv("DND_HF_MODELS", " words  you/model ")
     assert app.AppArguments().models == ["words", "you/model"]
 

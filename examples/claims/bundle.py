@@ -1,0 +1,41 @@
+"""Stores a trained pipeline as the package bundles it: float16 weights and JSON, no code.
+
+python examples/claims/bundle.py --model dnd --output_dir dnd_hf/bundled/verses
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dnd_hf import DnDPipeline, bundled_checkpoint
+from dnd_hf.arguments import HfArg, run_script
+
+
+@dataclass
+class BundleArguments:
+    model: str = HfArg(help="Folder of the trained pipeline.")
+    output_dir: str = HfArg(help="Folder to write.")
+
+    def __post_init__(self) -> None:
+        if Path(self.output_dir).exists():
+            raise ValueError(f"--output_dir {self.output_dir} exists already.")
+
+
+def main(args: BundleArguments) -> None:
+    folder = Path(args.output_dir)
+    DnDPipeline.from_pretrained(args.model, dtype=torch.float16).save_pretrained(folder)
+    for code in folder.rglob("*.py"):
+        code.unlink()
+    for component in ("transformer", "vqvae"):
+        file = folder / component / "config.json"
+        config = json.loads(file.read_text())
+        config.pop("auto_map")
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    # The index of any bundled pipeline: it names modules of the installed package.
+    (folder / "model_index.json").write_bytes(Path(bundled_checkpoint("words"), "model_index.json").read_bytes())
+
+
+if __name__ == "__main__":
+    run_script(main, BundleArguments)
