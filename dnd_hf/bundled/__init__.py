@@ -13,8 +13,8 @@ def bundled_names() -> list[str]:
 
 
 def bundled_checkpoint(name: str) -> str:
-    """The folder of a bundled pipeline: `"words"`, images of 100 English words by label, 32x128 px; or `"verses"`, pages
-    of prose in the manner of the King James Bible, 128x128 px, without labels.
+    """The folder of a bundled pipeline: `"words"`, images of 100 English words by label, 32x128 px; or `"verses"`,
+    pages of prose in the manner of the King James Bible, 128x128 px, without labels.
 
     Raises:
         ValueError: there is no bundled pipeline of that name; the message lists those that are.
