@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers.hf_argparser import HfArg
 
 from dnd_hf import DnDPipeline, bundled_checkpoint
-from dnd_hf.arguments import HfArg, run_script
+from dnd_hf.command_line import run_script
 
 
 @dataclass
 class BundleArguments:
+    """Options of this script; they can also be in a YAML file given as `--config`."""
+
     model: str = HfArg(help="Folder of the trained pipeline.")
     output_dir: str = HfArg(help="Folder to write.")
 
