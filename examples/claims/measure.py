@@ -177,6 +177,7 @@ def training_speed(model: PreTrainedModel, codes: Tensor, steps: int = 7) -> flo
 def main(args: MeasureArguments) -> None:
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     reader = Reader(args.training_text) if args.training_text else None
+    cost = {f"training_{name}": value for name, value in trained(Path(args.model)).items()} if args.model else {}
     if args.model and is_rival(args.model):
         results = measure_rival(load_rival(Path(args.model)), args, reader)
     elif args.model:
@@ -189,8 +190,7 @@ def main(args: MeasureArguments) -> None:
         )
     else:
         results = reader.measure(SampleImages(args.samples, args.num_images), "samples")
-    if args.model:
-        results |= {f"training_{name}": value for name, value in trained(Path(args.model)).items()}
+    results |= cost
     if reader:
         write_json_lines(Path(args.output_dir, "texts.jsonl"), reader.texts)
     write_json(Path(args.output_dir, "results.json"), results)
