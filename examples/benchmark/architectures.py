@@ -35,6 +35,7 @@ def architectures(args: BenchmarkArguments, device: torch.device, reference: Ref
             if "sampling" in args.architecture_jobs:
                 yield from decode_rows(args, model, what, authors, dtype)
             if "training" in args.architecture_jobs:
+                model.set_attn_implementation(args.attn_implementation)
                 yield train_row(args, model.to(torch.float32), what, authors)
 
 

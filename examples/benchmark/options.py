@@ -58,6 +58,9 @@ class BenchmarkArguments:
     architecture_jobs: list[str] = HfArg(
         default_factory=lambda: list(ARCHITECTURE_JOBS), help="Of architectures; default: sampling training."
     )
+    attn_implementation: Literal["sdpa", "eager"] = HfArg(
+        default="sdpa", help="Of our training steps in architectures; the official ones have their own."
+    )
     architecture_depths: list[int] = HfArg(default_factory=lambda: [2, 4, 8], help="Of architectures.")
 
     pipeline: str | None = HfArg(
