@@ -1,19 +1,20 @@
 """Draws docs/images/pdf_depths.png: crops of PDFs, and what 1, 2, 4 and 8 codes per position make of them.
 
-python docs/draw_depths.py pdf-8 pdf-figure 54 24 60 72
+python docs/draw_depths.py --vqvae pdf-8 --dataset_name pdf-figure --crops 54 24 60 72
 
-The arguments are the tokenizer, a folder of make_pdf_images.py, and the numbers of its crops to show; docs/results.md
-has the commands that make both.
+docs/results.md has the commands that make tokenizer and crops.
 """
 
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from datasets import load_dataset
 from matplotlib.figure import Figure
+from transformers.hf_argparser import HfArg
 
 from dnd_hf import RQVAE
+from dnd_hf.command_line import run_script
 from dnd_hf.data.images import ImageTransform
 
 
@@ -22,9 +23,18 @@ DPI = 100
 GAP = 12  # pixels between images
 
 
-def main(model: str, folder: str, numbers: list[int]) -> None:
-    vae = RQVAE.from_pretrained(model).eval()
-    crops = load_dataset(folder, split="train")[numbers]["image"]
+@dataclass
+class DrawingArguments:
+    """Options of this script."""
+
+    vqvae: str = HfArg(help="The tokenizer.")
+    dataset_name: str = HfArg(help="A folder of make_pdf_images.py.")
+    crops: list[int] = HfArg(help="Numbers of its crops, from top to bottom.")
+
+
+def main(args: DrawingArguments) -> None:
+    vae = RQVAE.from_pretrained(args.vqvae).eval()
+    crops = load_dataset(args.dataset_name, split="train")[args.crops]["image"]
     width, height = crops[0].size
     transform = ImageTransform((height, width))
     images = torch.stack([transform(crop) for crop in crops])
@@ -49,4 +59,4 @@ def main(model: str, folder: str, numbers: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], [int(number) for number in sys.argv[3:]])
+    run_script(main, DrawingArguments)

@@ -3,13 +3,15 @@
 python docs/draw_verses.py --dataset_name images-train
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import load_dataset
 from matplotlib.figure import Figure
+from transformers.hf_argparser import HfArg
 
 from dnd_hf import DnDPipeline, bundled_checkpoint
+from dnd_hf.command_line import run_script
 
 
 COLUMNS, WRITTEN_ROWS = 8, 2
@@ -17,10 +19,14 @@ PAGES_APART = 20011
 """Pages of the data set between two that are shown: the training pages are in the order of the books."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_name", required=True, help="The training pages: a folder of make_text_images.py.")
-    args = parser.parse_args()
+@dataclass
+class DrawingArguments:
+    """Options of this script."""
+
+    dataset_name: str = HfArg(help="The training pages: a folder of make_text_images.py.")
+
+
+def main(args: DrawingArguments) -> None:
     pages = load_dataset(args.dataset_name, split="train")
     given = [pages[i * PAGES_APART % len(pages)]["image"] for i in range(COLUMNS)]
     pipe = DnDPipeline.from_pretrained(bundled_checkpoint("verses"))
@@ -42,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, DrawingArguments)

@@ -1,19 +1,21 @@
 """Chooses the learning rate of the run with the lowest held-out loss, and writes the settings to train with.
 
-python examples/claims/best_learning_rate.py --runs tune-1e-3 tune-3e-3 --config pages_flow.yaml --output_dir tuned
+python examples/claims/best_learning_rate.py --runs tune-1e-3 tune-3e-3 --settings pages_flow.yaml --output_dir tuned
 
 `--runs` are output folders of diffusion.py or train.py that differ in nothing but the learning rate. `config.yaml` in
-the output folder is `--config` with the rate that was chosen; results.json has the losses of all.
+the output folder is `--settings` with the rate that was chosen; results.json has the losses of all.
 """
 
-import argparse
-import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from transformers.hf_argparser import HfArg
 
+from dnd_hf.command_line import run_script
 from dnd_hf.files import read_json, write_json
 from dnd_hf.training.checkpoints import find_checkpoint
+from dnd_hf.training.metrics import read_metrics
 from dnd_hf.training.settings import FILE
 
 
@@ -24,10 +26,8 @@ def read_run(folder: Path) -> dict:
         ValueError: it has no checkpoint, or was not validated at that step.
     """
     steps, checkpoint = find_checkpoint(folder, "latest")
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if checkpoint else []
-    losses = [
-        line["validation/loss"] for line in map(json.loads, lines) if line["step"] == steps if "validation/loss" in line
-    ]
+    lines = read_metrics(folder / "metrics.jsonl") if checkpoint else []
+    losses = [line["validation/loss"] for line in lines if line["step"] == steps and "validation/loss" in line]
     if not losses:
         raise ValueError(f"{folder} has no held-out loss at its last step.")
     options = read_json(checkpoint / FILE)["options"]
@@ -62,15 +62,19 @@ def compare(folders: list[Path]) -> list[dict]:
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="Output folders of the runs.")
-    parser.add_argument("--config", type=Path, required=True, help="YAML file of the other settings.")
-    parser.add_argument("--output_dir", type=Path, required=True, help="Folder of config.yaml and results.json.")
-    args = parser.parse_args()
+@dataclass
+class ChoiceArguments:
+    """Options of this script."""
+
+    runs: list[Path] = HfArg(help="Output folders of the runs.")
+    settings: Path = HfArg(help="YAML file of the other settings.")
+    output_dir: Path = HfArg(help="Folder of config.yaml and results.json.")
+
+
+def main(args: ChoiceArguments) -> None:
     rows = compare(args.runs)
     rate = next(row["learning rate"] for row in rows if row["chosen"])
-    settings = yaml.safe_load(args.config.read_text(encoding="utf-8")) | {"learning_rate": rate}
+    settings = yaml.safe_load(args.settings.read_text(encoding="utf-8")) | {"learning_rate": rate}
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     write_json(args.output_dir / "results.json", {"learning_rate": rate, "runs": rows})
@@ -80,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, ChoiceArguments)

@@ -3,7 +3,6 @@
 python examples/claims/bundle.py --model dnd --output_dir dnd_hf/bundled/verses
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import torch
 from transformers.hf_argparser import HfArg
 
 from dnd_hf import DnDPipeline, bundled_checkpoint
-from dnd_hf.command_line import run_script
+from dnd_hf.command_line import loading, run_script
+from dnd_hf.files import read_json, write_json
 
 
 @dataclass
@@ -23,19 +23,21 @@ class BundleArguments:
 
     def __post_init__(self) -> None:
         if Path(self.output_dir).exists():
-            raise ValueError(f"--output_dir {self.output_dir} exists already.")
+            raise ValueError(f"`output_dir` must be a new folder, {self.output_dir} exists already.")
 
 
 def main(args: BundleArguments) -> None:
     folder = Path(args.output_dir)
-    DnDPipeline.from_pretrained(args.model, dtype=torch.float16).save_pretrained(folder)
+    with loading(args.model):
+        pipeline = DnDPipeline.from_pretrained(args.model, dtype=torch.float16)
+    pipeline.save_pretrained(folder)
     for code in folder.rglob("*.py"):
         code.unlink()
     for component in ("transformer", "vqvae"):
         file = folder / component / "config.json"
-        config = json.loads(file.read_text())
+        config = read_json(file)
         config.pop("auto_map")
-        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_json(file, config)
     # The index of any bundled pipeline: it names modules of the installed package.
     (folder / "model_index.json").write_bytes(Path(bundled_checkpoint("words"), "model_index.json").read_bytes())
 

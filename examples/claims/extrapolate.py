@@ -6,14 +6,15 @@ The learning rate must have been constant. The loss is predicted by all points, 
 run; how far the two are apart says how much to believe.
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import curve_fit
+from transformers.hf_argparser import HfArg
 
+from dnd_hf.command_line import run_script
 from dnd_hf.figures import markdown_table
 from dnd_hf.training.metrics import read_metrics
 
@@ -26,7 +27,7 @@ def predicted_losses(steps: ArrayLike, losses: ArrayLike, later: ArrayLike) -> N
     """
     steps, losses, later = (np.asarray(values, np.float64) for values in (steps, losses, later))
     if len(steps) < 4:
-        raise ValueError(f"`steps` must be at least 4 points, got {len(steps)}.")
+        raise ValueError(f"at least 4 validations are needed, also in the second half of the run, got {len(steps)}.")
 
     def law(step: NDArray, floor: float, gain: float, exponent: float) -> NDArray:
         return floor + gain * (step / steps[0]) ** -exponent
@@ -36,16 +37,20 @@ def predicted_losses(steps: ArrayLike, losses: ArrayLike, later: ArrayLike) -> N
     return law(later, floor, gain, exponent)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="Output folder of train.py.")
-    parser.add_argument("--steps", type=int, nargs="+", required=True, help="Numbers of steps to predict for.")
-    args = parser.parse_args()
+@dataclass
+class ExtrapolationArguments:
+    """Options of this script."""
+
+    run: Path = HfArg(help="Output folder of train.py.")
+    steps: list[int] = HfArg(help="Numbers of steps to predict for.")
+
+
+def main(args: ExtrapolationArguments) -> None:
     lines = read_metrics(args.run / "metrics.jsonl")
     points = [(line["step"], line["validation/loss"]) for line in lines if "validation/loss" in line]
-    images = median(line["train/images_per_second"] for line in lines if "train/images_per_second" in line)
+    if not points:
+        raise ValueError(f"`run` must be a folder with validations in its metrics.jsonl, got {args.run}.")
     print(f"{len(points)} validations, the last after {points[-1][0]} steps: {points[-1][1]:.3f}")
-    print(f"median speed of the training: {images:.1f} images a second")
     late = [point for point in points if 2 * point[0] >= points[-1][0]]
     fits = [predicted_losses(*zip(*part), args.steps) for part in (points, late)]
     rows = [
@@ -56,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, ExtrapolationArguments)

@@ -7,14 +7,16 @@ The networks stay as they are; only the codebooks learn, by the exponential movi
 Each depth has a codebook of its own, so that the first k codes are those of a tokenizer of depth k (lower_depth.py).
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
 
 from dnd_hf import RQVAE
+from dnd_hf.command_line import run_script
 from dnd_hf.data.images import ImageDataset, ImageTransform, collate_images
 from dnd_hf.data.sources import load_image_dataset
 
@@ -55,20 +57,29 @@ def fit_codes(vae: RQVAE, images: ImageDataset | Subset, steps: int, batch_size:
     return lost
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vqvae", required=True, help="The trained tokenizer: a folder or a Hub id.")
-    parser.add_argument("--dataset_name", required=True, help="Images, as train_rqvae.py takes them.")
-    parser.add_argument("--output_dir", type=Path, required=True, help="Folder of the new tokenizer.")
-    parser.add_argument("--code_depth", type=int, required=True, help="Residual codes of a position.")
-    parser.add_argument("--num_codes", type=int, help="Codes of a codebook; default: as many as that of --vqvae.")
-    parser.add_argument("--code_patch_size", type=int, nargs=2, default=[1, 1], help="Latent cells of a position.")
-    parser.add_argument("--sample_size", type=int, nargs=2, required=True, help="Height and width of the images.")
-    parser.add_argument("--num_images", type=int, default=2048, help="Images whose latents are held in memory.")
-    parser.add_argument("--steps", type=int, default=400, help="Updates of the codebook.")
-    parser.add_argument("--batch_size", type=int, default=8192, help="Vectors of an update.")
-    parser.add_argument("--seed", type=int, default=0, help="Of the images and vectors drawn.")
-    args = parser.parse_args()
+@dataclass
+class FittingArguments:
+    """Options of this script."""
+
+    vqvae: str = HfArg(help="The trained tokenizer: a folder or a Hub id.")
+    dataset_name: str = HfArg(help="Images, as train_rqvae.py takes them.")
+    output_dir: Path = HfArg(help="Folder of the new tokenizer.")
+    code_depth: int = HfArg(help="Residual codes of a position.")
+    sample_size: list[int] = HfArg(help="Height and width of the images.")
+    num_codes: int | None = HfArg(default=None, help="Codes of a codebook; default: as many as that of --vqvae.")
+    code_patch_size: list[int] = HfArg(default_factory=lambda: [1, 1], help="Latent cells of a position.")
+    num_images: int = HfArg(default=2048, help="Images whose latents are held in memory.")
+    steps: int = HfArg(default=400, help="Updates of the codebook.")
+    batch_size: int = HfArg(default=8192, help="Vectors of an update.")
+    seed: int = HfArg(default=0, help="Of the images and vectors drawn.")
+
+    def __post_init__(self):
+        for name in ("sample_size", "code_patch_size"):
+            if len(getattr(self, name)) != 2:
+                raise ValueError(f"`{name}` must be two numbers, got {getattr(self, name)}.")
+
+
+def main(args: FittingArguments) -> None:
     if (args.output_dir / "config.json").exists():
         print(f"{args.output_dir} is there already.")
         return
@@ -89,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, FittingArguments)

@@ -6,12 +6,14 @@ Residual codes with a codebook for each depth do not depend on those after them,
 lower depth and `extract_codes.py` would make.
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch.utils.data import DataLoader
+from transformers.hf_argparser import HfArg
 
 from dnd_hf import RQVAE
+from dnd_hf.command_line import run_script
 from dnd_hf.data.codes import CodesDataset, CodesWriter, codes_features, collate_codes
 from dnd_hf.files import read_json
 
@@ -28,15 +30,19 @@ def shortened(vqvae: RQVAE, depth: int) -> RQVAE:
     return vae.eval()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--codes_dir", type=Path, required=True, help="Folder of extract_codes.py.")
-    parser.add_argument("--code_depth", type=int, required=True, help="Codes to keep of each position.")
-    parser.add_argument("--output_dir", type=Path, required=True, help="The new folder of codes and tokenizer.")
-    args = parser.parse_args()
+@dataclass
+class LowerDepthArguments:
+    """Options of this script."""
+
+    codes_dir: Path = HfArg(help="Folder of extract_codes.py.")
+    code_depth: int = HfArg(help="Codes to keep of each position.")
+    output_dir: Path = HfArg(help="The new folder of codes and tokenizer.")
+
+
+def main(args: LowerDepthArguments) -> None:
     codes = CodesDataset(args.codes_dir)
     if not 1 <= args.code_depth <= codes.shape[-1]:
-        parser.error(f"--code_depth must lie in [1, {codes.shape[-1]}], got {args.code_depth}.")
+        raise ValueError(f"`code_depth` must lie in [1, {codes.shape[-1]}], got {args.code_depth}.")
     vae = shortened(RQVAE.from_pretrained(args.codes_dir, subfolder="vqvae"), args.code_depth)
     settings = read_json(args.codes_dir / "extraction.json") | {"code_depth": args.code_depth}
     writer = CodesWriter(
@@ -55,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, LowerDepthArguments)

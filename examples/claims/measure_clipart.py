@@ -13,7 +13,6 @@ in feature space are of it, judged beside real held-out images and beside the to
 drawn already is not drawn again.
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
 
 from dnd_hf import RQVAE, DnDPipeline
+from dnd_hf.command_line import loading, run_script
 from dnd_hf.data.images import ImageDataset, ImageTransform, TenCrop, to_images, to_pixels
 from dnd_hf.data.sources import load_image_dataset
 from dnd_hf.evaluation.features import frechet_distance, precision_recall
@@ -185,15 +186,20 @@ def show(samples: dict[float, ImageSet], training: ImageSet, crops: Tensor, num_
     save_image_grid(to_images(torch.cat(rows_of_pixels)), num_classes, folder / "nearest.png")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="The pipeline: a folder or a Hub id.")
-    parser.add_argument("--images", type=Path, required=True, help="Folder of prepare_clipart.py.")
-    parser.add_argument("--output_dir", type=Path, required=True, help="Folder of tables and images.")
-    parser.add_argument("--guidance_scales", type=float, nargs="+", default=[1.0, 2.0, 4.0], help="To compare.")
-    args = parser.parse_args()
+@dataclass
+class ClipartMeasureArguments:
+    """Options of this script."""
+
+    model: str = HfArg(help="The pipeline: a folder or a Hub id.")
+    images: Path = HfArg(help="Folder of prepare_clipart.py.")
+    output_dir: Path = HfArg(help="Folder of tables and images.")
+    guidance_scales: list[float] = HfArg(default_factory=lambda: [1.0, 2.0, 4.0], help="To compare.")
+
+
+def main(args: ClipartMeasureArguments) -> None:
     extractor = EfficientNetLite0Features()
-    pipe = DnDPipeline.from_pretrained(args.model)
+    with loading(args.model):
+        pipe = DnDPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
     size = height_width("sample_size", pipe.vqvae.config.sample_size)
     center = ImageTransform(size, crop_range=1.1)
@@ -222,4 +228,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, ClipartMeasureArguments)

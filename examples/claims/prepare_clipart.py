@@ -7,13 +7,16 @@ middle of a white square, and resized. Where several look the same at 16 x 16 px
 image has a twin on the other side of the division.
 """
 
-import argparse
 import random
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops
+from transformers.hf_argparser import HfArg
+
+from dnd_hf.command_line import run_script
 
 
 FOLDER = Path("/usr/share/openclipart/png")
@@ -76,14 +79,18 @@ def distinct(squares: list[Image.Image]) -> list[Image.Image]:
     return [squares[number] for number in kept]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help="Folder of `train` and `held_out`.")
-    parser.add_argument("--openclipart_dir", type=Path, default=FOLDER, help=f"Default: {FOLDER}.")
-    parser.add_argument("--image_size", type=int, default=96, help="Pixels each way.")
-    args = parser.parse_args()
+@dataclass
+class ClipartArguments:
+    """Options of this script."""
+
+    output_dir: Path = HfArg(help="Folder of `train` and `held_out`.")
+    openclipart_dir: Path = HfArg(default=FOLDER, help="Folder of the package's images.")
+    image_size: int = HfArg(default=96, help="Pixels each way.")
+
+
+def main(args: ClipartArguments) -> None:
     if not args.openclipart_dir.is_dir():
-        raise SystemExit(f"there is no {args.openclipart_dir}: apt-get install openclipart-png")
+        raise FileNotFoundError(f"there is no {args.openclipart_dir}: apt-get install openclipart-png")
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a few images of the package are very large
     for name, (folders, others) in CLASSES.items():
         files = {file for folder in folders for file in (args.openclipart_dir / folder).rglob("*.png")}
@@ -100,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, ClipartArguments)

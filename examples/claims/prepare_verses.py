@@ -7,14 +7,18 @@ windows of the training books, one for a page: page breaks and line breaks then 
 those of them that show each letter equally often, for the tokenizer. The columns are "text" and "book".
 """
 
-import argparse
 import json
 import random
 import re
 import shutil
 import subprocess
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+
+from transformers.hf_argparser import HfArg
+
+from dnd_hf.command_line import run_script
 
 
 HELD_OUT = ("Ruth", "Est", "Eccl", "Jonah", "John", "Gal", "Jas")
@@ -34,7 +38,7 @@ def read_books() -> dict[str, list[str]]:
     """The words of each book, by its abbreviation, without the numbers of the verses."""
     command = ["bible", "-f", "Gen1:1-Rev22:21"]
     if shutil.which(command[0]) is None:
-        raise SystemExit("the program `bible` is missing: apt-get install bible-kjv bible-kjv-text")
+        raise FileNotFoundError("the program `bible` is missing: apt-get install bible-kjv bible-kjv-text")
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     books: dict[str, list[str]] = {}
     for line in lines:
@@ -64,13 +68,19 @@ def write(path: Path, rows: list[dict[str, str]]) -> None:
     print(f"{path}: {len(rows)} texts")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help="Folder of the four files.")
-    parser.add_argument("--stride", type=int, default=4, help="Words from the start of a window to the next.")
-    args = parser.parse_args()
-    if args.stride < 1:
-        parser.error(f"--stride must be positive, got {args.stride}.")
+@dataclass
+class VersesArguments:
+    """Options of this script."""
+
+    output_dir: Path = HfArg(help="Folder of the four files.")
+    stride: int = HfArg(default=4, help="Words from the start of a window to the next.")
+
+    def __post_init__(self):
+        if self.stride < 1:
+            raise ValueError(f"`stride` must be positive, got {self.stride}.")
+
+
+def main(args: VersesArguments) -> None:
     books = read_books()
     held_out = [{"text": " ".join(books.pop(book)), "book": book} for book in HELD_OUT]
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -85,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, VersesArguments)

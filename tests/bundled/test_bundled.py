@@ -44,7 +44,7 @@ def test_words_pictures_depend_on_their_own_seed_alone(words):
     assert torch.equal(codes([3, 141, 59])[1:2], codes([141]))
 
 
-def test_verses_writes_pages_of_words_from_seeds_alone():
+def test_verses_writes_pages_of_words_without_labels():
     pipe = DnDPipeline.from_pretrained(bundled_checkpoint("verses"))
     pipe.set_progress_bar_config(disable=True)
     pages = pipe(num_images_per_label=16, generator=list(range(16))).images

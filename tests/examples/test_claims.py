@@ -52,15 +52,15 @@ def books(tmp_path, monkeypatch) -> dict[str, list[str]]:
     return books
 
 
-def prepare(monkeypatch, folder: Path, *options: str) -> dict[str, list[dict]]:
+def prepare(folder: Path, *options: str) -> dict[str, list[dict]]:
     """Runs prepare_verses.py; returns the rows of each file that it wrote."""
-    monkeypatch.setattr(sys, "argv", ["prepare_verses.py", "--output_dir", str(folder), *options])
-    runpy.run_path(str(CLAIMS / "prepare_verses.py"), run_name="__main__")
+    script = runpy.run_path(str(CLAIMS / "prepare_verses.py"))
+    script["main"](parse_arguments(script["VersesArguments"], ["--output_dir", str(folder), *options]))
     return {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in folder.glob("*.jsonl")}
 
 
-def test_books_are_held_out_whole_and_windows_overlap_within_the_others(books, tmp_path, monkeypatch):
-    files = prepare(monkeypatch, tmp_path / "text", "--stride", "7")
+def test_books_are_held_out_whole_and_windows_overlap_within_the_others(books, tmp_path):
+    files = prepare(tmp_path / "text", "--stride", "7")
     whole = files["train_books"] + files["held_out_books"]
     assert {row["book"]: row["text"].split() for row in whole} == books
     assert [row["book"] for row in files["train_books"]] == ["Ge", "1Sm"]
@@ -68,7 +68,7 @@ def test_books_are_held_out_whole_and_windows_overlap_within_the_others(books, t
     assert [row["text"].split() for row in files["train_windows"]] == expected
 
 
-def test_rare_letters_have_as_many_windows_as_common_ones(monkeypatch):
+def test_rare_letters_have_as_many_windows_as_common_ones():
     balanced = runpy.run_path(str(CLAIMS / "prepare_verses.py"))["balanced"]
     rows = [{"text": "a b c"}] * 900 + [{"text": "a z"}] * 30 + [{"text": "a" * 80 + " q"}]
     texts = [row["text"] for row in balanced(rows, per_letter=20)]
@@ -77,11 +77,11 @@ def test_rare_letters_have_as_many_windows_as_common_ones(monkeypatch):
     assert balanced(rows, 20) == balanced(rows, 20)
 
 
-def test_a_line_that_is_no_verse_ends_with_an_error(books, tmp_path, monkeypatch):
+def test_a_line_that_is_no_verse_ends_with_an_error(books, tmp_path):
     program = tmp_path / "bin" / "bible"
     program.write_text(program.read_text() + "\nprint('Unknown reference')")
     with pytest.raises(ValueError, match="is no verse: 'Unknown reference'"):
-        prepare(monkeypatch, tmp_path / "text")
+        prepare(tmp_path / "text")
 
 
 def test_verses_has_pages_of_16_letters_by_8_lines_and_fits_into_a_bundle():
@@ -143,6 +143,16 @@ def test_a_claim_that_cannot_run_ends_with_one_line(monkeypatch, tmp_path, capsy
         runpy.run_path(str(CLAIMS / "run.py"), run_name="__main__")
     (line,) = capsys.readouterr().err.splitlines()
     assert end.value.code == code and line.startswith("run.py: error: ") and message in line
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in CLAIMS.glob("*.py") if "__main__" in path.read_text()))
+def test_every_script_ends_with_one_line_where_an_option_is_wrong(script, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(CLAIMS))
+    monkeypatch.setattr(sys, "argv", [script, "--no_such_option"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(CLAIMS / script), run_name="__main__")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and line.startswith(f"{script}: error: ") and "--help lists the options" in line
 
 
 def test_a_claim_runs_from_the_text_to_its_table_and_never_twice(books, tmp_path, monkeypatch, capsys):
@@ -227,37 +237,36 @@ def write_run(folder: Path, rate: float, loss: float, steps: int = 4, batch: int
     return folder
 
 
-def choose(monkeypatch, tmp_path: Path, runs: list[Path]) -> dict:
+def choose(tmp_path: Path, runs: list[Path]) -> dict:
     """The settings that best_learning_rate.py writes."""
     (tmp_path / "base.yaml").write_text("rival: flow\nlearning_rate: 0.5\n")
-    options = ["--runs", *map(str, runs), "--config", str(tmp_path / "base.yaml"), "--output_dir", str(tmp_path / "o")]
-    monkeypatch.setattr(sys, "argv", ["best_learning_rate.py", *options])
-    runpy.run_path(str(CLAIMS / "best_learning_rate.py"), run_name="__main__")
+    options = ["--runs", *map(str, runs), "--settings", str(tmp_path / "base.yaml")]
+    options += ["--output_dir", str(tmp_path / "o")]
+    script = runpy.run_path(str(CLAIMS / "best_learning_rate.py"))
+    script["main"](parse_arguments(script["ChoiceArguments"], options))
     return yaml.safe_load((tmp_path / "o" / "config.yaml").read_text())
 
 
-def test_the_learning_rate_with_the_lowest_last_loss_is_chosen_and_one_at_the_end_is_told(
-    tmp_path, monkeypatch, capsys
-):
+def test_the_learning_rate_with_the_lowest_last_loss_is_chosen_and_one_at_the_end_is_told(tmp_path, capsys):
     runs = [write_run(tmp_path / str(i), rate, loss) for i, (rate, loss) in enumerate([(1, 3.0), (3, 2.0), (2, 1.0)])]
-    assert choose(monkeypatch, tmp_path, runs) == {"rival": "flow", "learning_rate": 2}
+    assert choose(tmp_path, runs) == {"rival": "flow", "learning_rate": 2}
     assert "rate beyond" not in capsys.readouterr().out
-    assert choose(monkeypatch, tmp_path, runs[:2]) == {"rival": "flow", "learning_rate": 3}
+    assert choose(tmp_path, runs[:2]) == {"rival": "flow", "learning_rate": 3}
     assert "rate beyond" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("other", [{"steps": 5}, {"batch": 3}, {"rate": 1}])
-def test_runs_that_cannot_be_compared_by_their_learning_rate_are_refused(tmp_path, monkeypatch, other):
+def test_runs_that_cannot_be_compared_by_their_learning_rate_are_refused(tmp_path, other):
     runs = [write_run(tmp_path / "a", 1, 1.0), write_run(tmp_path / "b", **({"rate": 2, "loss": 1.0} | other))]
     with pytest.raises(ValueError, match="learning rate"):
-        choose(monkeypatch, tmp_path, runs)
+        choose(tmp_path, runs)
 
 
-def test_a_run_that_was_not_validated_at_its_end_is_refused(tmp_path, monkeypatch):
+def test_a_run_that_was_not_validated_at_its_end_is_refused(tmp_path):
     run = write_run(tmp_path / "a", 1, 1.0)
     (run / "checkpoint-6").mkdir()
     with pytest.raises(ValueError, match="no held-out loss at its last step"):
-        choose(monkeypatch, tmp_path, [run])
+        choose(tmp_path, [run])
 
 
 @pytest.mark.parametrize("claim", sorted(path.stem for path in CLAIMS.glob("C*.yaml")))
@@ -287,5 +296,5 @@ def test_the_loss_of_more_steps_follows_the_power_law_of_the_steps_so_far():
     steps = [1000, 2000, 3000, 4000, 5000]
     predicted = predicted_losses(steps, [loss(step) for step in steps], [16_000, 60_000])
     assert predicted == pytest.approx([loss(16_000), loss(60_000)], rel=1e-4)
-    with pytest.raises(ValueError, match="at least 4 points, got 3"):
+    with pytest.raises(ValueError, match=r"at least 4 validations are needed, .*, got 3"):
         predicted_losses(steps[:3], [1.3, 1.2, 1.1], [16_000])

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from dnd_hf import RQVAE, DnDConfig, DnDForImageGeneration, DnDPipeline
+from dnd_hf.command_line import parse_arguments
 
 
 CLAIMS = Path(__file__).parents[2] / "examples" / "claims"
@@ -42,15 +43,15 @@ def openclipart(claims, tmp_path) -> Path:
     return folder
 
 
-def prepare(claims, monkeypatch, openclipart: Path, output: Path) -> Path:
+def prepare(claims, openclipart: Path, output: Path) -> Path:
     options = ["--openclipart_dir", str(openclipart), "--output_dir", str(output), "--image_size", "48"]
-    monkeypatch.setattr(sys, "argv", ["prepare_clipart.py", *options])
-    claims("prepare_clipart").main()
+    script = claims("prepare_clipart")
+    script.main(parse_arguments(script.ClipartArguments, options))
     return output
 
 
-def test_each_class_is_divided_nine_to_one_without_twins_or_empty_images(claims, monkeypatch, openclipart, tmp_path):
-    output = prepare(claims, monkeypatch, openclipart, tmp_path / "clipart")
+def test_each_class_is_divided_nine_to_one_without_twins_or_empty_images(claims, openclipart, tmp_path):
+    output = prepare(claims, openclipart, tmp_path / "clipart")
     names = sorted(claims("prepare_clipart").CLASSES)
     for part, count in (("train", 21), ("held_out", 3)):
         assert sorted(folder.name for folder in (output / part).iterdir()) == names
@@ -122,12 +123,11 @@ def pipeline(claims, tmp_path) -> str:
 def test_the_script_measures_each_guidance_scale_beside_held_out_images(
     claims, monkeypatch, openclipart, pipeline, tmp_path
 ):
-    images = prepare(claims, monkeypatch, openclipart, tmp_path / "clipart")
+    images = prepare(claims, openclipart, tmp_path / "clipart")
     module = claims("measure_clipart")
     monkeypatch.setattr(module, "EfficientNetLite0Features", MeanColour)
     options = ["--model", pipeline, "--images", str(images), "--output_dir", str(tmp_path / "results")]
-    monkeypatch.setattr(sys, "argv", ["measure_clipart.py", *options, "--guidance_scales", "1", "3"])
-    module.main()
+    module.main(parse_arguments(module.ClipartMeasureArguments, [*options, "--guidance_scales", "1", "3"]))
     results = json.loads((tmp_path / "results" / "results.json").read_text())
     assert results["num_images"] == 16 * 3 and results["num_training_images"] == 16 * 21
     kinds = ["held out, real", "held out, tokenizer", "generated, guidance 1", "generated, guidance 3"]

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -166,17 +165,17 @@ def test_a_rival_trains_resumes_exactly_and_is_sampled(claims, images, tmp_path,
 
     options = ["--model", str(tmp_path / "whole"), "--output_dir", str(tmp_path / "drawn"), "--num_images", "2"]
     quick = list(claims("rivals").load_rival(tmp_path / "whole").samplers)[:2]
-    monkeypatch.setattr(sys, "argv", ["sample_diffusion.py", *options, "--samplers", *quick])
-    claims("sample_diffusion").main()
+    script = claims("sample_diffusion")
+    arguments = parse_arguments(script.SamplesArguments, [*options, "--samplers", *quick])
+    script.main(arguments)
     for name in quick:
         assert [Image.open(file).size for file in (tmp_path / "drawn" / name).glob("*.png")] == [SIZE[::-1]] * 2
     drawn = tmp_path / "drawn" / quick[0] / "000001.png"
     drawn.write_bytes(b"kept")
-    claims("sample_diffusion").main()
+    script.main(arguments)
     assert drawn.read_bytes() == b"kept"
-    monkeypatch.setattr(sys, "argv", ["sample_diffusion.py", *options, "--samplers", "none"])
-    with pytest.raises(SystemExit):
-        claims("sample_diffusion").main()
+    with pytest.raises(ValueError, match=r"`samplers` must be of .*, got none"):
+        script.main(parse_arguments(script.SamplesArguments, [*options, "--samplers", "none"]))
 
     trained = claims("training_compute").row(tmp_path / "parts")
     assert (trained["steps"], trained["images a step"]) == (3, 2)
