@@ -72,6 +72,7 @@ class RQVAEArguments(RunArguments):
     codebook_decay: float = HfArg(default=0.99, help="EMA decay of the codebook.")
     norm_num_groups: int = HfArg(default=32, help="Groups of the group normalisations.")
     mid_block_add_attention: bool = HfArg(default=True, help="Attention in the middle blocks.")
+    local_encoder: bool = HfArg(default=False, help="Encode each position from only its own pixels.")
 
     commitment_weight: float = HfArg(default=0.25, help="Weight of the commitment loss.")
     quantizer_start_step: int = HfArg(
@@ -128,6 +129,7 @@ class RQVAEArguments(RunArguments):
             commitment_weight=self.commitment_weight,
             norm_num_groups=self.norm_num_groups,
             mid_block_add_attention=self.mid_block_add_attention,
+            local_encoder=self.local_encoder,
         )
 
 

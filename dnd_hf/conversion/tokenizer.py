@@ -268,6 +268,7 @@ def original_rqvae(config: dict[str, Any], weights: dict[str, Tensor]) -> dict[s
             "`act_fn`": (config["act_fn"], "silu"),
             "`norm_num_groups`": (config["norm_num_groups"], 32),
             "`mid_block_add_attention`": (config["mid_block_add_attention"], True),
+            "`local_encoder`": (config.get("local_encoder", False), False),
             "Attention by level": (attention, only_last if llamagen else decoder_attention[::-1]),
             "`block_out_channels`": (channels, [c // channels[0] * channels[0] for c in channels]),
         }

@@ -91,6 +91,9 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         mid_block_add_attention: attention in the middle blocks.
         normalize_codes: latent and code vectors are compared, and decoded, at unit length, as in LlamaGen's
             tokenizers (arXiv 2406.06525, Section 2.1); depth 1 only.
+        local_encoder: each position is encoded from only its own `code_stride` pixels, as if an image. Its codes
+            then do not depend on neighbours that an autoregressive model has not written yet; the decoder sees all
+            positions. For text whose letters stand in the grid; not of the paper.
 
     Raises:
         ValueError: lists of different lengths, or sizes the blocks cannot have.
@@ -125,6 +128,7 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         norm_num_groups: int = 32,
         mid_block_add_attention: bool = True,
         normalize_codes: bool = False,
+        local_encoder: bool = False,
     ):
         super().__init__()
         _check_config(self.config)
@@ -279,8 +283,17 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
                 f"`images` must be (batch, {channels}, height, width) with height a multiple of {row_stride} and width"
                 f" of {column_stride}, got shape {tuple(images.shape)}."
             )
+        if self.config.local_encoder:
+            return self._in_parts(self._encode_positions, images, images.shape[2:], 1 / self.stride)
         scale = 1 / self.stride
         return self._in_parts(lambda x: self.quant_conv(self.encoder(x)), images, self.tile_size, scale, tiled)
+
+    def _encode_positions(self, images: Tensor) -> Tensor:
+        (rows, columns), (batch, channels, height, width) = self.code_stride, images.shape
+        parts = images.reshape(batch, channels, height // rows, rows, width // columns, columns)
+        latents = self.quant_conv(self.encoder(parts.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, rows, columns)))
+        latents = latents.view(batch, height // rows, width // columns, *latents.shape[1:]).permute(0, 3, 1, 4, 2, 5)
+        return latents.reshape(batch, -1, height // self.stride, width // self.stride)
 
     def _check_decoded(self, latents: Tensor) -> None:
         channels, (rows, columns) = self.post_quant_conv.in_channels, self.config.code_patch_size
@@ -343,7 +356,8 @@ def _check_config(config: Mapping) -> None:
     check_not_negative("commitment_weight", config["commitment_weight"])
     if not isinstance(config["act_fn"], str) or config["act_fn"] not in ACT2CLS:
         raise ValueError(f"`act_fn` must be one of {', '.join(ACT2CLS)}, got {config['act_fn']!r}.")
-    for name in ("shared_codebook", "restart_unused_codes", "mid_block_add_attention", "normalize_codes"):
+    switches = "shared_codebook", "restart_unused_codes", "mid_block_add_attention", "normalize_codes", "local_encoder"
+    for name in switches:
         if not isinstance(config[name], bool):
             raise ValueError(f"`{name}` must be True or False, got {config[name]!r}.")
 

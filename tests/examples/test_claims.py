@@ -89,13 +89,12 @@ def test_verses_has_pages_of_16_letters_by_8_lines_and_fits_into_a_bundle():
     pages = read("verses_images", "make_text_images.py", "TextImageArguments", *options).images
     assert isinstance(pages, TextImages) and (pages.height, pages.width) == (8 * 16, 16 * 8)
     tokenizer = read("verses_rqvae", "train_rqvae.py", "RQVAEArguments", *options)
-    letters = read("verses_rqvae_letters", "train_rqvae.py", "RQVAEArguments", *options)
     transformer = read("verses_dnd", "train.py", "DnDArguments", "--codes_dir", "x", "--output_dir", "y")
-    assert letters.pretrained_vqvae
     with torch.device("meta"):
         vae = tokenizer.make_vae()
         model = transformer.make_transformer(vae, grid_size=vae.grid_size, num_classes=1, id2label={0: "text"})
     assert isinstance(model, DnDForImageGeneration) and tuple(vae.grid_size) == (16, 16) and vae.config.code_depth == 2
+    assert vae.config.local_encoder
     assert not model.config.has_null_class
     assert 2 * sum(p.numel() for part in (vae, model) for p in part.state_dict().values()) < BUNDLE_LIMIT
 
@@ -206,9 +205,9 @@ def test_rivals_of_c4_have_as_many_parameters_as_dnd_and_its_floating_point_oper
     plan = yaml.safe_load((CLAIMS / "C4.yaml").read_text())
     options = shlex.split(plan["variants"]["C4/dnd"]["train"])[3:]
     ours = read("pages_transformer", "train.py", "DnDArguments", *options, "--output_dir", "x")
-    verses = read("verses_rqvae", "train_rqvae.py", "RQVAEArguments", *given).make_vae()
+    networks = read("pages_rqvae", "train_rqvae.py", "RQVAEArguments", *given).make_vae()
     pages = dict(code_depth=4, code_patch_size=[2, 2], sample_size=[64, 128], shared_codebook=False)
-    vae = changed(verses, **pages).eval()
+    vae = changed(networks, **pages).eval()
     model = ours.make_transformer(vae, grid_size=(4, 8), num_classes=1, id2label={0: "text"}).train()
     codes, label = torch.zeros(1, 4, 8, 4, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     compute = training_flops(lambda: model(label, codes, labels=codes).loss) * 32 * ours.max_train_steps

@@ -206,6 +206,31 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_codebook(make_vae):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("patch", [(1, 1), (2, 1)])
+def test_a_local_encoder_encodes_each_position_as_if_it_were_an_image(patch, make_vae):
+    vae = make_vae(local_encoder=True, code_patch_size=patch, vq_embed_dim=5).double()
+    (rows, columns), images = vae.code_stride, random_images(8, 12).double()
+    encoded = vae.encode(images)
+    for row in range(8 // rows):
+        for column in range(12 // columns):
+            part = images[:, :, row * rows : (row + 1) * rows, column * columns : (column + 1) * columns]
+            alone = vae.encode(part)
+            assert torch.equal(alone.codes[:, 0, 0], encoded.codes[:, row, column])
+            latents = encoded.latents[:, :, row * patch[0] : (row + 1) * patch[0], column * patch[1] :][..., : patch[1]]
+            torch.testing.assert_close(alone.latents, latents, rtol=1e-9, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("local", [True, False])
+def test_only_a_local_encoder_sees_nothing_of_its_neighbours(local, make_vae):
+    vae, images = make_vae(local_encoder=local), random_images(8, 12)
+    changed = images.clone()
+    changed[:, :, 2:4, 2:4] += 1
+    difference = (vae.encode(changed).latents - vae.encode(images).latents).abs().amax((0, 1)) > 1e-5
+    assert difference[1, 1] and (difference.sum() == 1) == local
+
+
+@torch.no_grad()
 def test_slicing_gives_what_no_slicing_gives(make_vae):
     vae, images = make_vae(), random_images(batch=3)
     encoded, codes = vae.encode(images), random_codes(vae, batch=3)
