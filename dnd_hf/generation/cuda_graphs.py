@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .decoders import StaticDecoder, static_runner
+from .decoders import StaticDecoder, one_a_row, static_runner
 from .interface import ImageCodeModel
 from .loop import SamplingLoop
 from .settings import SamplingSettings
@@ -19,15 +19,17 @@ CAPTURE_LOCK = Lock()
 
 
 class GraphedLoop(SamplingLoop):
-    """A sampling loop whose steps are CUDA graphs.
+    """A sampling loop whose steps are CUDA graphs, for all images of the batch until the last is complete.
 
     The first step that reads a new part of the cache runs as it is, and is captured after that. Passes that also read
-    the condition or given codes are not captured, nor are the shorter ones at the end of the grid.
+    the condition or given codes are not captured, nor are shorter ones.
 
     Args:
         count: cells of a pass, where they are several.
         free: the loops of this kind that no call is using; `release` puts it there.
     """
+
+    fixed_shapes = True
 
     def __init__(
         self,
@@ -42,7 +44,10 @@ class GraphedLoop(SamplingLoop):
             runner = static_runner(model, 2 * batch if settings.guided else batch, device, count)
             super().__init__(model, runner, batch, settings, device)
             self.kept = torch.zeros_like(self.codes_BLD, dtype=torch.bool)
-            self.static_cells = {width: torch.arange(width, device=device) for width in {1, count}}
+            self.images_B1 = torch.arange(batch, device=device)[:, None]
+            self.places_B1 = torch.zeros_like(self.images_B1)
+            self.cells = {width: self.images_B1.repeat(1, width) for width in {1, count}}
+            """What a pass of so many cells reads on the device, `(batch, cells)`."""
         self.decoder, self.free = cast(StaticDecoder, runner.decoders[0]), free
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         """By how much of the cache is read, and the cells of a pass."""
@@ -57,15 +62,25 @@ class GraphedLoop(SamplingLoop):
     def run(self, first: int, cell: int, end: int) -> None:
         if first == 0:
             self.decoder.memory.zero_()  # what is masked must be finite; an earlier call may have left NaN
-        position, count = self.position(first), end - first
-        self.decoder.position.fill_(position)
-        if first == 0 or cell > first or count not in self.static_cells:
+        if first == 0 or cell > first or end - first not in self.cells:
+            self.decoder.position.fill_(self.position(first))
             super().run(first, cell, end)
+        else:
+            cells = [cell] * len(self.codes_BLD)
+            self.run_apart(list(range(len(cells))), cells, cells, end - cell)
+
+    def run_apart(self, images: list[int], starts: list[int], places: list[int], count: int) -> None:
+        starts_B1 = one_a_row(starts, self.codes_BLD.device)
+        positions_B1 = starts_B1 + self.position(1) - 1
+        self.decoder.position.copy_(positions_B1.repeat(2, 1) if self.guided else positions_B1)
+        if count not in self.cells:
+            super().run_apart(images, starts, places, count)
             return
-        cells = self.static_cells[count]
-        cells += cell - cells[0]
-        step = partial(self.sample, cells, cells, first)
-        graph = self.decoder.read_at(position + count - 1), count
+        cells_BN, last = self.cells[count], self.position(max(starts))
+        cells_BN.copy_(starts_B1 + self.grid_L[:count])
+        self.places_B1.copy_(one_a_row(places, self.codes_BLD.device))
+        step = partial(self.sample_apart, self.images_B1, cells_BN, self.places_B1, last)
+        graph = self.decoder.read_at(last + count - 1), count
         if graph in self.graphs:
             self.graphs[graph].replay()
         else:

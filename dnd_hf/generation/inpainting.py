@@ -58,9 +58,9 @@ class ParticleLoop(SamplingLoop):
 
     def read_logits(self, k: int, logits_XV: Tensor) -> None:
         """Adds the log-probability of the given codes to the weights."""
-        cells, kept_RT = self.cells, cast(Tensor, self.kept_BLD)[:, self.cells, k]
+        kept_RT = cast(Tensor, self.kept_BND)[..., k]
         log_probs_XV = (logits_XV / self.temperature[k]).log_softmax(-1)
-        log_probs_RT = log_probs_XV.gather(-1, self.codes_BLD[:, cells, k].reshape(-1, 1)).view(kept_RT.shape)
+        log_probs_RT = log_probs_XV.gather(-1, self.codes_BND[..., k].reshape(-1, 1)).view(kept_RT.shape)
         added_R = log_probs_RT.double().masked_fill(~kept_RT, 0).sum(1)
         self.log_weights_BN += added_R.view(self.log_weights_BN.shape)
 

@@ -20,6 +20,10 @@ ChooseCodes = Callable[[int, Tensor], Tensor]
 get all cells of a pass, or only those whose codes are to be chosen."""
 
 
+Position = int | list[int]
+"""The position of the first of new tokens: one for all sequences, or one for each."""
+
+
 @dataclass(frozen=True)
 class LayerStack:
     """Transformer layers that a token passes one after the other, and what a key/value cache for them needs.
@@ -47,14 +51,16 @@ class LayerStack:
 class Decoder(Protocol):
     """Runs one [`LayerStack`] for the next tokens of each sequence and keeps their keys and values."""
 
-    def at(self, position: int, count: int = 1) -> list[Layer]:
+    def at(self, position: Position, count: int = 1) -> list[Layer]:
         """The layers, ready for the `count` tokens from `position` on, each of which sees those up to itself.
 
-        Positions come in order. Back at 0 the decoder begins anew: what it kept is no longer seen.
+        The tokens of all positions before have been read; those of later ones are no longer seen. So back at 0 the
+        decoder begins anew.
         """
 
     def reorder(self, rows: Tensor) -> None:
-        """Row i takes over what was kept of row `rows[i]`."""
+        """Row i takes over what was kept of row `rows[i]`. Where they are fewer than before, there are fewer rows from
+        now on."""
 
 
 class ImageCodeModel(Protocol):
@@ -93,11 +99,12 @@ class ImageCodeModel(Protocol):
     def condition_tokens(self, conditions_RT: Tensor) -> Tensor:
         """The tokens `(R, T, C)` before the grid; the last of them predicts the first cell."""
 
-    def cell_tokens(self, codes_RLD: Tensor, cells_L: Tensor) -> Tensor:
-        """The tokens `(R, L, C)` of cells `(L,)` (int64, on the device) with these codes, which predict those after."""
+    def cell_tokens(self, codes_RLD: Tensor, cells: Tensor) -> Tensor:
+        """The tokens `(R, L, C)` of cells with these codes, which predict those after. The cells are `(L,)`, or
+        `(R, L)` where they are not the same in all sequences (int64, on the device)."""
 
     def decode(
-        self, tokens_RTC: Tensor, choose: ChooseCodes, decoders: Sequence[Decoder], position: int, count: int = 1
+        self, tokens_RTC: Tensor, choose: ChooseCodes, decoders: Sequence[Decoder], position: Position, count: int = 1
     ) -> None:
         """Runs the model for new tokens of each sequence and has the codes of the last `count` cells chosen.
 
@@ -107,8 +114,8 @@ class ImageCodeModel(Protocol):
             tokens_RTC: tokens of which each predicts a cell; the first ones may be condition tokens that do not.
             decoders: one for each of `layer_stacks`. The first runs all tokens; a second one, `count` cells of each
                 sequence as so many rows.
-            position: of the first token in the first stack, from 0. Read it only to call `at` of the first decoder:
-                where steps are replayed as CUDA graphs it is the position at which they were captured.
+            position: of the first token in the first stack, from 0. It is only for `at` of the first decoder: where
+                steps are replayed as CUDA graphs it is the position at which they were captured.
             count: how many tokens, the last ones, predict cells whose codes are not known.
         """
 

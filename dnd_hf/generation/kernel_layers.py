@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.packed_linear import PackedLinear
-from .interface import Layer, LayerStack
+from .interface import Layer, LayerStack, Position
 from .packed_layers import GatedMLP, PackedLayer, signed_rotary
 
 
@@ -21,11 +21,12 @@ class KernelDecoder:
     def __init__(self, stack: LayerStack, layers: list[PackedLayer], rows: int, dtype: torch.dtype, kernels: Any):
         self.layers = [KernelLayer(layer, kernels) for layer in layers]
         self.caches = [KernelKeysValues(stack, rows, dtype, kernels.vector_width()) for _ in layers]
-        self.rotary = signed_rotary(stack)
+        rotary = signed_rotary(stack)
+        self.rotary = (None, None) if rotary is None else rotary
 
-    def at(self, position: int, count: int = 1) -> list[Layer]:
-        rotary = None if self.rotary is None else tuple(table[position : position + count] for table in self.rotary)
-        options: dict[str, Any] = dict(position=position, rotary=rotary)
+    def at(self, position: Position, count: int = 1) -> list[Layer]:
+        positions = torch.tensor([position] if isinstance(position, int) else position)
+        options: dict[str, Any] = dict(positions=positions, rotary=self.rotary)
         return [partial(layer, cache=cache, **options) for layer, cache in zip(self.layers, self.caches)]
 
     def reorder(self, rows: Tensor) -> None:
@@ -58,13 +59,18 @@ class KernelLayer:
         return self.layer.products
 
     def __call__(
-        self, hidden_RTC: Tensor, cache: KernelKeysValues, position: int, rotary: tuple[Tensor, Tensor] | None
+        self,
+        hidden_RTC: Tensor,
+        cache: KernelKeysValues,
+        positions: Tensor,
+        rotary: tuple[Tensor, Tensor] | tuple[None, None],
     ) -> Tensor:
+        """Of tokens from `positions` on, `(rows,)` or one for all; cosines and sines `(length, 1, head_dim)`."""
         attention, (rows, count, _) = self.layer.attention, hidden_RTC.shape
         hidden_RTC, normed_RTC = self.attention_norm(hidden_RTC.contiguous(), None)
         qkv = self.qkv_proj(normed_RTC).view(rows, count, -1, attention.head_dim)
-        cos, sin = rotary or (None, None)
-        attended_RTC = self.kernels.attend(qkv, cos, sin, cache.keys, cache.values, position, attention.scaling)
+        keys_values, scaling = (cache.keys, cache.values), attention.scaling
+        attended_RTC = self.kernels.attend(qkv, *rotary, *keys_values, positions, scaling)
         hidden_RTC, normed_RTC = self.mlp_norm(hidden_RTC, self.o_proj(attended_RTC))
         if not self.gated_by_silu:
             return hidden_RTC + self.layer.mlp(normed_RTC)

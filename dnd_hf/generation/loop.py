@@ -1,16 +1,14 @@
 """The sampling loop: from one grid cell to the next."""
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .decoders import ModelRunner
+from .decoders import ModelRunner, one_a_row
 from .filters import logits_filters
 from .given_codes import GivenCodes
 from .guidance import guide
-from .interface import ImageCodeModel
+from .interface import ImageCodeModel, Position
 from .noise import draw
 from .settings import SamplingSettings
 
@@ -19,12 +17,15 @@ class SamplingLoop:
     """The sampling of a batch of images: what a call keeps between passes, and a pass through the model.
 
     The token before the grid predicts cell 0, and the token of a cell the one after it. The cells of a pass are a slice
-    of the grid; where a pass is replayed, one cell that is read on the device.
+    of the grid, or a tensor of cells where they are not the same in all images.
 
     Args:
         batch: images; with guidance each has a second sequence, of the null condition.
         device: of the codes.
     """
+
+    fixed_shapes = False
+    """Whether passes of the same number of cells of all images are faster than shorter ones of fewer."""
 
     def __init__(
         self,
@@ -43,13 +44,11 @@ class SamplingLoop:
         self.scales_L = torch.ones(config.sequence_length, dtype=torch.float32, device=device)
         self.kept_BLD: Tensor | None = None
         """Which codes are given and stay; None: none."""
+        self.kept_BND: Tensor | None = None
+        """The same of the cells that a pass samples, final ones included."""
         self.finite_BLD = torch.ones(self.codes_BLD.shape, dtype=torch.bool, device=device)
         """Whether all logits of a code were finite. Codes that are drawn from others mean nothing."""
         self.grid_L = torch.arange(config.sequence_length, device=device)
-        self.cells: slice | Tensor = slice(0, 0)
-        """The cells that a pass samples, the last of those that its tokens predict."""
-        self.cell_scales: Tensor | None = None
-        """`(images x cells, 1)`: the guidance scale of each of them; None: no guidance."""
         self.unread = 0
         """The first cell before which the token has not been read, or with codes that were not final."""
         self.guessed = False
@@ -91,50 +90,74 @@ class SamplingLoop:
         with self.runner.context():
             self.run(first, cell, cell + count)
 
+    def step_apart(self, images: list[int], starts: list[int], places: list[int], count: int) -> None:
+        """Samples `count` cells of some images in one pass, those of each from its own start on. The codes before its
+        place stay, and all cells before its start have been read."""
+        with self.runner.context():
+            self.run_apart(images, starts, places, count)
+
     def run(self, first: int, cell: int, end: int) -> None:
         """A pass of the tokens that predict the cells from `first` up to `end`, of which those from `cell` on are
         sampled."""
-        self.sample(slice(first, end), slice(cell, end), first)
+        self.take(slice(None), slice(cell, end))
+        tokens_RTC = self.tokens_before(slice(None), slice(first, end)) if first else self.first_tokens(end)
+        self.decode(tokens_RTC, self.position(first))
 
-    def sample(self, predicted: slice | Tensor, cells: slice | Tensor, first: int) -> None:
-        """The same. Where the one cell is read on the device, only what part of the cache is read follows `first`."""
-        scales_T = self.scales_L[cells]
-        self.cells, self.cell_scales = cells, scales_T.repeat(len(self.codes_BLD))[:, None] if self.guided else None
-        tokens_RTC = self.tokens_before(predicted) if first else self.first_tokens(cast(slice, predicted))
-        self.model.decode(tokens_RTC, self.choose, self.runner.decoders, self.position(first), len(scales_T))
+    def run_apart(self, images: list[int], starts: list[int], places: list[int], count: int) -> None:
+        """A pass of [`step_apart`]."""
+        images_B1, starts_B1, places_B1 = (one_a_row(n, self.codes_BLD.device) for n in (images, starts, places))
+        positions = [self.position(start) for start in starts]
+        position = positions[0] if len(set(positions)) == 1 else positions * (1 + self.guided)
+        self.sample_apart(images_B1, starts_B1 + self.grid_L[:count], places_B1, position)
+
+    def sample_apart(self, images_B1: Tensor, cells_BN: Tensor, places_B1: Tensor, position: Position) -> None:
+        """The same, of tensors that are read on the device: this is what is replayed."""
+        cells = images_B1, cells_BN
+        self.take(*cells)
+        final_BND = (cells_BN < places_B1)[:, :, None].expand_as(self.codes_BND)
+        self.kept_BND = final_BND if self.kept_BND is None else final_BND | self.kept_BND
+        self.decode(self.tokens_before(*cells), position)
+        self.codes_BLD[cells], self.finite_BLD[cells] = self.codes_BND, self.finite_BND
+
+    def take(self, images: slice | Tensor, cells: slice | Tensor) -> None:
+        """Takes what a pass needs of the cells that it samples: parts of the loop's own for slices, or copies."""
+        at = images, cells
+        self.noise_BND, self.codes_BND, self.finite_BND = self.noise_BLD[at], self.codes_BLD[at], self.finite_BLD[at]
+        self.kept_BND = None if self.kept_BLD is None else self.kept_BLD[at]
+        batch, count, _ = self.codes_BND.shape
+        self.scales_X1 = self.scales_L[cells].expand(batch, count).reshape(-1, 1) if self.guided else None
+
+    def decode(self, tokens_RTC: Tensor, position: Position) -> None:
+        """Has the model choose the codes of the cells that were taken, the last of those that the tokens predict."""
+        self.model.decode(tokens_RTC, self.choose, self.runner.decoders, position, self.codes_BND.shape[1])
 
     def position(self, cell: int) -> int:
         """The position of the token with which a pass begins that predicts a cell and those after it."""
         return cell + self.conditions_RT.shape[1] - 1 if cell else 0
 
-    def first_tokens(self, cells: slice) -> Tensor:
+    def first_tokens(self, end: int) -> Tensor:
         """The tokens of the condition, and those that predict the cells after cell 0."""
         tokens_RTC = self.model.condition_tokens(self.conditions_RT)
-        if cells.stop == 1:
+        if end == 1:
             return tokens_RTC
-        return torch.cat([tokens_RTC, self.tokens_before(slice(1, cells.stop))], dim=1)
+        return torch.cat([tokens_RTC, self.tokens_before(slice(None), slice(1, end))], dim=1)
 
-    def tokens_before(self, cells: slice | Tensor) -> Tensor:
+    def tokens_before(self, images: slice | Tensor, cells: slice | Tensor) -> Tensor:
         """The tokens of the cells before these."""
-        before = slice(cells.start - 1, cells.stop - 1) if isinstance(cells, slice) else cells - 1
-        tokens_BTC = self.model.cell_tokens(self.codes_BLD[:, before], self.grid_L[before])
+        if isinstance(cells, slice):
+            cells = slice(cells.start - 1, cells.stop - 1)
+            tokens_BTC = self.model.cell_tokens(self.codes_BLD[images, cells], self.grid_L[cells])
+        else:
+            tokens_BTC = self.model.cell_tokens(self.codes_BLD[images, cells - 1], cells - 1)
         return tokens_BTC.repeat(2, 1, 1) if self.guided else tokens_BTC
 
-    def step_window(self, cell: int, count: int) -> int:
-        """Samples `count` cells of which the first codes so far are guesses; returns how many of them are final.
-
-        A cell is final where the guesses of all cells before it were right, in all images.
-        """
-        if count == 1:
-            self.step(cell)
-            return 1
-        window_BND = self.codes_BLD[: self.images, cell : cell + count]
-        guesses_BND = window_BND.clone()
-        self.step(cell, count)
-        wrong_N = (window_BND != guesses_BND).any(2).any(0).tolist()
-        final = next((n for n, wrong in enumerate(wrong_N, 1) if wrong), count)
-        self.unread, self.guessed = cell + final, True
-        return final
+    def leave(self, stay: list[int]) -> None:
+        """From now on passes are of these rows of the last one only. It copies what was kept of them."""
+        rows = torch.tensor(stay, device=self.codes_BLD.device)
+        if self.guided:
+            rows = torch.cat([rows, rows + len(self.codes_BND)])
+        with self.runner.context():
+            self.runner.decoders[0].reorder(rows)
 
     def codes_up_to(self, cell: int) -> Tensor:
         """`(images, height, width, depth)`: the codes of cells up to this one; behind it the given ones, or zeros."""
@@ -163,29 +186,29 @@ class SamplingLoop:
     def choose(self, k: int, hidden_RTC: Tensor) -> Tensor:
         """The codes `(rows, T)` of depth k of the last T cells of the pass, from what head k reads.
 
-        Those of `cells`, the last ones, are sampled here; both sequences of an image get the same.
+        Those of the cells that were taken, the last ones, are sampled here; both sequences of an image get the same.
         """
-        cells, tokens = self.cells, hidden_RTC.shape[1]
-        noise_BT = self.noise_BLD[:, cells, k]
-        count = noise_BT.shape[1]
-        logits_XV = self.runner.heads[k](hidden_RTC[:, -count:]).flatten(0, 1).float()  # X: images x cells
-        if self.cell_scales is not None:
-            logits_XV = guide(logits_XV, self.cell_scales)
+        noise_BN, codes_BN, finite_BN = self.noise_BND[..., k], self.codes_BND[..., k], self.finite_BND[..., k]
+        count, tokens = codes_BN.shape[1], hidden_RTC.shape[1]
+        # X: images x cells
+        logits_XV = self.runner.heads[k](hidden_RTC[:, -count:]).flatten(0, 1).float()
+        if self.scales_X1 is not None:
+            logits_XV = guide(logits_XV, self.scales_X1)
         self.read_logits(k, logits_XV)
         if self.filters is None:
             codes_X, finite_X = logits_XV.argmax(-1), logits_XV.amax(-1).isfinite()
         else:
-            codes_X = draw(self.filters[k](None, logits_XV), noise_BT.flatten())
+            codes_X = draw(self.filters[k](None, logits_XV), noise_BN.flatten())
             finite_X = codes_X < logits_XV.shape[-1]
             codes_X = codes_X.clamp_(max=logits_XV.shape[-1] - 1)
-        codes_BT = codes_X.view(-1, count)
-        if self.kept_BLD is not None:
-            codes_BT = torch.where(self.kept_BLD[:, cells, k], self.codes_BLD[:, cells, k], codes_BT)
-        self.finite_BLD[:, cells, k] = finite_X.view(-1, count)
-        self.codes_BLD[:, cells, k] = codes_BT
-        if isinstance(cells, slice) and tokens > count:
-            codes_BT = self.codes_BLD[:, cells.stop - tokens : cells.stop, k]
-        return codes_BT.repeat(2, 1) if self.guided else codes_BT
+        chosen_BN = codes_X.view(-1, count)
+        if self.kept_BND is not None:
+            chosen_BN = torch.where(self.kept_BND[..., k], codes_BN, chosen_BN)
+        finite_BN.copy_(finite_X.view(-1, count))
+        codes_BN.copy_(chosen_BN)
+        if tokens > count:  # of a pass that also reads what is given
+            chosen_BN = self.codes_BLD[:, self.unread - tokens : self.unread, k]
+        return chosen_BN.repeat(2, 1) if self.guided else chosen_BN
 
 
 def _padded(values_BLD: Tensor, missing: int) -> Tensor:

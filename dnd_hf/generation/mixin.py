@@ -98,14 +98,16 @@ class ImageGenerationMixin(OutpaintingMixin, PackingMixin):
                 in `[0, vocab_size)` where the mask is True; elsewhere they are not read.
             codes_mask: the same shape, booleans: True where the given code stays, any positions and depths; False
                 where a code is sampled, with the same random numbers as without given codes.
-            positions_per_pass: how many positions a pass computes, from guesses of the codes before each; those whose
-                guesses were right are final, so the codes are those of 1, in fewer passes
-                ([`several_cells_a_pass`]). Products of other shapes round in another way, as with another batch size:
-                where a random number lies on the border between two codes, the other code may be drawn. In float32 that
-                is rare (no code in 200 images of the bundled `words`), in half precision it is common. `"auto"` is 1
-                except for one or two images of a float32 model on a CPU; there it tries several where the time of
-                passes says that they pay, and an image loses at most 3 % by that. On a GPU each pass of several waits
-                for a small read of the device; with `cuda_graphs` the passes of a number are captured like those of 1.
+            positions_per_pass: how many positions of each image a pass computes, from guesses of the codes before each;
+                those whose guesses were right are final, so the codes are those of 1, in fewer passes
+                ([`several_cells_a_pass`]). The images of a batch advance at their own pace (with flash attention, which
+                has no mask for that, together). Products of other shapes round in another way, as with another batch
+                size: where a random number lies on the border between two codes, the other code may be drawn. In
+                float32 that is rare (no code in 200 images of the bundled `words`), in half precision it is common.
+                `"auto"` is 1 except for one or two images of a float32 model on a CPU; there it tries several where the
+                time of passes says that they pay, and an image loses at most 3 % by that. On a GPU each pass of several
+                waits for a small read of the device; with `cuda_graphs` the passes of a number are captured like those
+                of 1.
 
         Returns:
             `(batch, height, width, depth)` int64 in `[0, vocab_size)`.

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..ops.decoding_kernels import decoding_kernels
 from ..ops.packed_linear import ReleasedLinear
-from .decoders import ModelRunner, causal_mask, head_of_each_depth
-from .interface import Decoder, ImageCodeModel, Layer, LayerStack
+from .decoders import ModelRunner, causal_mask, head_of_each_depth, positions_of_tokens
+from .interface import Decoder, ImageCodeModel, Layer, LayerStack, Position
 from .kernel_layers import KernelDecoder
 from .packed_layers import KeysValues, PackedLayer, signed_rotary
 from .packed_weights import has_only_packable_weights, packed_weights, product_groups
@@ -75,16 +75,23 @@ class PackedDecoder:
         self.masks, self.room = causal_mask(stack.length, torch.device("cpu"), dtype), 0
         self.rotary = signed_rotary(stack)
 
-    def at(self, position: int, count: int = 1) -> list[Layer]:
-        end = position + count
+    def at(self, position: Position, count: int = 1) -> list[Layer]:
+        end = (position if isinstance(position, int) else max(position)) + count
         while self.room < end:
             grown = min(POSITIONS_AT_ONCE, len(self.masks) - self.room)
             for cache in self.caches:
                 cache.grow(grown)
             self.room += grown
-        options: dict[str, Any] = dict(position=position, rotary=None, mask=self.masks[position:end, : self.room])
+        where: slice | Tensor
+        options: dict[str, Any] = dict(rotary=None)
+        if isinstance(position, int):
+            where = slice(position, end)
+            options.update(places=position, mask=self.masks[where, : self.room])
+        else:
+            where = positions_of_tokens(position, count, torch.device("cpu"))
+            options.update(places=self.caches[0].places(where), mask=self.masks[where, : self.room][:, None])
         if self.rotary is not None:
-            options["rotary"] = tuple(table[position:end] for table in self.rotary)
+            options["rotary"] = tuple(table[where] for table in self.rotary)
         return [partial(layer, cache=cache, **options) for layer, cache in zip(self.layers, self.caches)]
 
     def reorder(self, rows: Tensor) -> None:

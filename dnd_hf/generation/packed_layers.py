@@ -30,14 +30,26 @@ class KeysValues:
             kept.unflatten(0, (-1, self.heads))[rows].flatten(0, 1) for kept in (self.keys, self.values)
         )
 
-    def update(self, position: int, key_RTHE: Tensor, value_RTHE: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes those of T tokens, `(rows, T, heads, head_dim)`; returns all of these rows, which may be fewer."""
+    def places(self, positions_RT: Tensor) -> Tensor:
+        """Where the keys of tokens at these positions are among all, `(rows * T * heads,)`."""
+        first_RH = torch.arange(len(positions_RT) * self.heads).view(-1, 1, self.heads) * self.keys.shape[1]
+        return (first_RH + positions_RT[:, :, None]).flatten()
+
+    def update(self, places: int | Tensor, key_RTHE: Tensor, value_RTHE: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes those of T tokens, `(rows, T, heads, head_dim)`; returns all of these rows, which may be fewer.
+
+        Args:
+            places: the first position, or what `places` makes of all where they are not the same in all rows.
+        """
         sequences, count = len(key_RTHE) * self.heads, key_RTHE.shape[1]
         keys, values = self.keys[:sequences], self.values[:sequences]
         for kept, new in ((keys, key_RTHE), (values, value_RTHE)):
+            if isinstance(places, Tensor):
+                kept.flatten(0, 1).index_copy_(0, places, new.flatten(0, 2))
+                continue
             if count > 1:
                 new = new.transpose(1, 2)
-            kept.narrow(1, position, count).copy_(new.reshape(sequences, count, -1))
+            kept.narrow(1, places, count).copy_(new.reshape(sequences, count, -1))
         return keys, values
 
 
@@ -62,11 +74,11 @@ class PackedLayer:
         self,
         hidden_RTC: Tensor,
         cache: KeysValues,
-        position: int,
+        places: int | Tensor,
         rotary: tuple[Tensor, Tensor] | None,
         mask: Tensor,
     ) -> Tensor:
-        hidden_RTC = hidden_RTC + self.attention(self.attention_norm(hidden_RTC), cache, position, rotary, mask)
+        hidden_RTC = hidden_RTC + self.attention(self.attention_norm(hidden_RTC), cache, places, rotary, mask)
         return hidden_RTC + self.mlp(self.mlp_norm(hidden_RTC))
 
 
@@ -85,12 +97,12 @@ class PackedAttention:
         self,
         hidden_RTC: Tensor,
         cache: KeysValues,
-        position: int,
+        places: int | Tensor,
         rotary: tuple[Tensor, Tensor] | None,
         mask: Tensor,
     ) -> Tensor:
-        """`(rows, T, hidden_size)` of the tokens from `position` on; cosines and sines `(T, 1, head_dim)`, mask
-        `(T, positions with room)`."""
+        """`(rows, T, hidden_size)` of tokens whose keys come to `places` ([`KeysValues.update`]); cosines and sines
+        `(T, 1, head_dim)` or `(rows, T, 1, head_dim)`, mask `(T, positions with room)` or `(rows, 1, T, ...)`."""
         rows, count, _ = hidden_RTC.shape
         qkv = self.qkv_proj(hidden_RTC).view(rows, count, -1, self.head_dim)
         heads = qkv.shape[2] - 2 * self.kv_heads
@@ -99,13 +111,13 @@ class PackedAttention:
             cos, sin = rotary
             turned = torch.addcmul(turned * cos, turned.roll(self.head_dim // 2, -1), sin)
         query, key = turned.split((heads, self.kv_heads), 2)
-        keys, values = cache.update(position, key, value)
+        keys, values = cache.update(places, key, value)
         query = query * self.scaling
         if count > 1:  # of heads that share keys, the tokens are the rows of one product
             query = query.unflatten(2, (self.kv_heads, -1)).permute(0, 2, 3, 1, 4)
         scores = query.reshape(len(keys), -1, self.head_dim) @ keys.mT
-        if count > 1:
-            scores.unflatten(1, (-1, count)).add_(mask)
+        if count > 1 or isinstance(places, Tensor):
+            scores.view(rows, -1, count, scores.shape[-1]).add_(mask)
         else:
             scores.add_(mask)
         attended = scores.softmax(-1) @ values

@@ -18,6 +18,7 @@ import torch
 
 from ..ops.number_checks import whole_number
 from .loop import SamplingLoop
+from .own_pace import OwnPace
 
 
 ROWS_AT_ONCE = 16
@@ -58,29 +59,45 @@ def several_cells_a_pass(
 ) -> Iterator[int]:
     """Samples the cells, up to `width` in a pass, and yields each when its codes are final.
 
-    The images of a batch go on together, by the cells that are final in all of them; each keeps its own guesses.
+    The images of a batch advance at their own pace; a cell is yielded when it is final in all of them. Where `width` or
+    more cells in a row are left out, they wait for one another.
 
     Args:
         whole_L: the cells of which no code is to be sampled.
         rates: where passes of several cells pay, for `"auto"`; None: they are made everywhere.
     """
-    cell, length = 0, len(whole_L)
+    cell, length, ends_L = 0, len(whole_L), ends_of_passes(whole_L, width)
+    pace = OwnPace(loop)
     image = None if rates is None else AutomaticWindows(rates, length, LARGEST_LOSS * (length - sum(whole_L)))
     while cell < length:
-        if whole_L[cell]:
+        if whole_L[cell] and max(pace.places) <= cell:
             yield cell
             cell += 1
             continue
-        count = min(width, length - cell) if image is None or image.allows(cell) else 1
+        end = ends_L[cell]
+        left = end - 1 if loop.fixed_shapes and loop.unread == cell > 0 else end - cell
+        count = min(width, left) if image is None or image.allows(cell) else 1
         started = time.thread_time()
-        final = loop.step_window(cell, count)
+        final = pace.step(cell, count, end)
         if image is not None:
-            sampled = final - sum(whole_L[cell : cell + final])
+            sampled = final - cell - sum(whole_L[cell:final])
             image.count(time.thread_time() - started, sampled, several=count > 1, full=count == width)
-        yield from range(cell, cell + final)
-        cell += final
+        yield from range(cell, final)
+        cell = final
     if image is not None:
         image.end()
+
+
+def ends_of_passes(whole_L: Sequence[bool], width: int) -> list[int]:
+    """Of each cell, where the passes end that begin there: before the next `width` or more cells in a row that are left
+    out, or at the end of the grid."""
+    ends, end, run = [], len(whole_L), 0
+    for cell in reversed(range(len(whole_L))):
+        run = run + 1 if whole_L[cell] else 0
+        if run >= width:
+            end = cell
+        ends.append(end)
+    return ends[::-1]
 
 
 @dataclass
@@ -164,8 +181,7 @@ def automatic_positions_per_pass(rows: int, batch: int, length: int, dtype: torc
     """The most positions of a pass for which `"auto"` may expect a gain.
 
     It is 1 except for one or two images with packed layers. In half precision it is 1, because the rounding of other
-    products would decide between codes. With more images fewer rows are nearly free, and the image with the worst guess
-    decides how far the window goes on.
+    products would decide between codes. With more images there are rows enough without windows: more are not free.
     """
     exact = dtype in (torch.float32, torch.float64)
     return ROWS_AT_ONCE // rows if packed and exact and batch <= 2 and length >= SHORTEST_GRID else 1

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import capture_outputs
 
-from ..generation.interface import ChooseCodes, Decoder, LayerStack
+from ..generation.interface import ChooseCodes, Decoder, LayerStack, Position
 from ..ops.soft_targets import SoftTargets
 from ..ops.tensor_checks import check_integers
 from .configuration_dnd import DnDConfig
@@ -173,7 +173,7 @@ class DnDForImageGeneration(ImageCodeMixin, PreTrainedModel):
         self.run_layers(hidden_BLC, teach, [*self.layers], position_embeddings=rotary, attention_mask=mask)
 
     def decode(
-        self, tokens_RTC: Tensor, choose: ChooseCodes, decoders: Sequence[Decoder], position: int, count: int = 1
+        self, tokens_RTC: Tensor, choose: ChooseCodes, decoders: Sequence[Decoder], position: Position, count: int = 1
     ) -> None:
         """Runs the layers for new tokens, see [`ImageCodeModel`]."""
         (decoder,) = decoders
@@ -196,7 +196,7 @@ class DnDForImageGeneration(ImageCodeMixin, PreTrainedModel):
         """`(R, 1)` class labels to the first token `(R, 1, C)`."""
         return self.embed_classes(class_labels_R1)
 
-    def cell_tokens(self, codes_RLD: Tensor, cells_L: Tensor) -> Tensor:
+    def cell_tokens(self, codes_RLD: Tensor, cells: Tensor) -> Tensor:
         """Codes to the tokens `(R, L, C)` of their cells, the sums of their embeddings."""
         return self.embed_tokens(codes_RLD).sum(2)
 

@@ -19,7 +19,7 @@ from transformers.models.opt.modeling_opt import eager_attention_forward
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..generation.interface import ChooseCodes, Decoder, LayerStack
+from ..generation.interface import ChooseCodes, Decoder, LayerStack, Position
 from ..ops.soft_targets import SoftTargets
 from ..ops.tensor_checks import check_integers
 from .configuration_rq_transformer import RQTransformerConfig
@@ -260,13 +260,14 @@ class RQTransformerForImageGeneration(ImageCodeMixin, PreTrainedModel):
         positions = torch.arange(conditions_RT.shape[1], device=conditions_RT.device)
         return self.embed_conditions(conditions_RT) + self.condition_positions(positions)
 
-    def cell_tokens(self, codes_RLD: Tensor, cells_L: Tensor) -> Tensor:
-        """The tokens `(R, L, C)` of cells `(L,)` with these codes, which predict those after: sums over the depths."""
+    def cell_tokens(self, codes_RLD: Tensor, cells: Tensor) -> Tensor:
+        """The tokens `(R, L, C)` of cells `(L,)` or `(R, L)` with these codes, which predict those after: sums over the
+        depths."""
         if self.config.body_reads_code_vectors:
             tokens_RLDC = self.body_projection(self._vectors(codes_RLD))
         else:
             tokens_RLDC = self._embeddings(codes_RLD)
-        return tokens_RLDC.sum(-2) + self.cell_positions(cells_L)
+        return tokens_RLDC.sum(-2) + self.cell_positions(cells)
 
     def code_tokens(self, codes_RLD: Tensor) -> Tensor:
         """The tokens `(R, L, D, C)` of the depth stack that stand for the first D codes of a cell, without position."""
@@ -313,7 +314,7 @@ class RQTransformerForImageGeneration(ImageCodeMixin, PreTrainedModel):
         return [LayerStack(*stack, head_dim=config.hidden_size // stack[2]) for stack in stacks]
 
     def decode(
-        self, tokens_RTC: Tensor, choose: ChooseCodes, decoders: Sequence[Decoder], position: int, count: int = 1
+        self, tokens_RTC: Tensor, choose: ChooseCodes, decoders: Sequence[Decoder], position: Position, count: int = 1
     ) -> None:
         """Runs the body for new tokens and the depth stack for the last `count` cells; see [`ImageCodeModel`]."""
         body, stack = decoders

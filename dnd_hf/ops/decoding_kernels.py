@@ -23,6 +23,7 @@ KERNELS = r"""
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -200,18 +201,23 @@ void turn(const T* from, const T* cos, const T* sin, float scale, float* to, int
   }
 }
 
-// Causal attention of tokens (rows, count, heads + 2 * kv_heads, dim) from `position` on; writes their keys and values.
+// Causal attention of tokens (rows, count, heads + 2 * kv_heads, dim); writes their keys and values. The first token of
+// each row is at `positions`, (rows,) or (1,) for all of them; cosines and sines are those of all positions.
 Tensor attend(const Tensor& qkv, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-              const Tensor& keys, const Tensor& values, int64_t position, double scaling) {
+              const Tensor& keys, const Tensor& values, const Tensor& positions, double scaling) {
   TORCH_CHECK(qkv.dim() == 4 && qkv.is_contiguous(), "attend: layout");
   TORCH_CHECK(keys.is_contiguous() && values.is_contiguous(), "attend: layout of the cache");
   int64_t rows = qkv.size(0), count = qkv.size(1), dim = qkv.size(3);
   int64_t kv_heads = values.size(1), room = values.size(2), heads = qkv.size(2) - 2 * kv_heads;
-  TORCH_CHECK(rows <= values.size(0) && position + count <= room && room % W == 0, "attend: room");
+  TORCH_CHECK(positions.is_contiguous() && positions.scalar_type() == at::kLong, "attend: positions");
+  TORCH_CHECK(positions.numel() == 1 || positions.numel() == rows, "attend: number of positions");
+  const int64_t *first = positions.const_data_ptr<int64_t>(), step = positions.numel() > 1;
+  int64_t last = *std::max_element(first, first + positions.numel()) + count;
+  TORCH_CHECK(rows <= values.size(0) && last <= room && room % W == 0, "attend: room");
   TORCH_CHECK(keys.sizes() == at::IntArrayRef({values.size(0), kv_heads, room / W, dim, W}), "attend: keys");
   TORCH_CHECK(keys.scalar_type() == qkv.scalar_type(), "attend: precision of keys");
   TORCH_CHECK(values.scalar_type() == qkv.scalar_type(), "attend: precision of values");
-  if (cos) TORCH_CHECK(cos->is_contiguous() && sin->is_contiguous() && cos->numel() == count * dim, "attend: rotary");
+  if (cos) TORCH_CHECK(cos->is_contiguous() && sin->is_contiguous() && cos->numel() >= last * dim, "attend: rotary");
   Tensor out = at::empty({rows, count, heads * dim}, qkv.options());
   auto run = [&](auto zero) {
     using T = decltype(zero);
@@ -222,10 +228,10 @@ Tensor attend(const Tensor& qkv, const std::optional<Tensor>& cos, const std::op
     at::parallel_for(0, rows * kv_heads, 1, [&](int64_t begin, int64_t end) {
       std::vector<float> one(dim), scores(padded(room)), result(dim);
       for (int64_t i = begin; i < end; i++) {
-        int64_t row = i / kv_heads, kv = i % kv_heads;
+        int64_t row = i / kv_heads, kv = i % kv_heads, position = first[row * step];
         T *own_keys = k + i * room * dim, *own_values = v + i * room * dim;
         auto token = [&](int64_t t, int64_t head) { return from + (row * count + t) * width + head * dim; };
-        auto table = [&](const T* values, int64_t t) { return values ? values + t * dim : nullptr; };
+        auto table = [&](const T* values, int64_t t) { return values ? values + (position + t) * dim : nullptr; };
         for (int64_t t = 0; t < count; t++) {
           int64_t at = position + t;
           turn(token(t, heads + kv), table(cosines, t), table(sines, t), 1.f, one.data(), dim);
@@ -254,8 +260,8 @@ int64_t vector_width() { return W; }
 TORCH_LIBRARY(dnd_hf_decoding, m) {
   m.def("add_norm(Tensor hidden, Tensor? branch, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor)");
   m.def("silu_mul(Tensor gate_up) -> Tensor");
-  m.def("attend(Tensor qkv, Tensor? cos, Tensor? sin, Tensor(a!) keys, Tensor(b!) values, int position, float scaling)"
-        " -> Tensor");
+  m.def("attend(Tensor qkv, Tensor? cos, Tensor? sin, Tensor(a!) keys, Tensor(b!) values, Tensor positions,"
+        " float scaling) -> Tensor");
   m.def("vector_width() -> int", &vector_width);
 }
 TORCH_LIBRARY_IMPL(dnd_hf_decoding, CPU, m) {

@@ -78,17 +78,21 @@ def passes_and_first_row(generate: Callable, columns: int, device: torch.device)
 @contextmanager
 def counted_passes() -> Iterator[list[int]]:
     """A list that grows by the sampled positions of each pass of a model, in all calls meanwhile."""
-    passes, step = [], SamplingLoop.step
+    passes, steps = [], (SamplingLoop.step, SamplingLoop.step_apart)
 
     def counted_step(loop: SamplingLoop, cell: int, count: int = 1) -> None:
         passes.append(count)
-        step(loop, cell, count)
+        steps[0](loop, cell, count)
 
-    SamplingLoop.step = counted_step
+    def counted_step_apart(loop: SamplingLoop, *images_starts_places: list[int], count: int) -> None:
+        passes.append(count)
+        steps[1](loop, *images_starts_places, count)
+
+    SamplingLoop.step, SamplingLoop.step_apart = counted_step, counted_step_apart
     try:
         yield passes
     finally:
-        SamplingLoop.step = step
+        SamplingLoop.step, SamplingLoop.step_apart = steps
 
 
 def growth(args: BenchmarkArguments, device: torch.device, reference: Reference | None) -> Iterator[dict]:

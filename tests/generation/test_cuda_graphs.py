@@ -87,15 +87,17 @@ def test_a_static_step_asks_the_device_for_nothing(count, make_model):
     loop = GraphedLoop(model, 2, settings, torch.device("cpu"), count, [])
     codes = []
     given = GivenCodes(torch.full((2, 6, 2), 4), torch.rand(2, 6, 2) < 0.3, (False,) * 6)
-    for sample in (torch.compile(SamplingLoop.sample, backend="eager", fullgraph=True), SamplingLoop.sample):
+    eager = SamplingLoop.sample_apart
+    for sample in (torch.compile(eager, backend="eager", fullgraph=True), eager):
         with torch.no_grad():
             loop.start(labels, noise, [2.0] * 6, given)
             loop.step(0)
-            cells = loop.static_cells[count]
-            for cell in range(1, 6, count):  # both are read on the device
-                cells += cell - cells[0]
+            cells_BN = loop.cells[count]
+            for cell in range(1, 6, count):  # all are read on the device
+                cells_BN.copy_(cell + torch.arange(count))
+                loop.places_B1.fill_(cell)
                 loop.decoder.position.fill_(cell)
-                sample(loop, cells, cells, 1)
+                sample(loop, loop.images_B1, cells_BN, loop.places_B1, 1)
         codes.append(loop.codes_up_to(5).clone())
     assert torch.equal(*codes)
     assert (codes[0].flatten(1, 2)[given.mask_BLD] == 4).all()

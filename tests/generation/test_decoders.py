@@ -7,6 +7,7 @@ from torch._dynamo.testing import CompileCounter
 
 from dnd_hf.generation.decoders import StaticDecoder, plain_runner, static_runner
 from dnd_hf.generation.packed_decoder import packed_runner
+from dnd_hf.ops.decoding_kernels import decoding_kernels
 
 
 @pytest.mark.parametrize(("scale", "rows"), [(1.0, 3), (2.0, 6), (0.0, 6)])
@@ -78,3 +79,39 @@ def test_several_tokens_in_one_pass_are_those_of_one_pass_each(implementation, m
     for make_runner in (plain_runner, static_runner, lambda model, rows, _: packed_runner(model, rows)):
         for lengths in ([40, 1, 29], [70], [1, 66, 3]):
             torch.testing.assert_close(run(make_runner, *lengths), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["eager", "sdpa", "static", "packed", "kernels"])
+@torch.no_grad()
+def test_tokens_at_positions_of_their_own_are_those_of_each_sequence_by_itself(way, make_model):
+    """A pass of three sequences at different positions; then of two of them, when the others have left."""
+    model = make_model(**LARGER)
+    model.set_attn_implementation("sdpa" if way in ("static", "packed", "kernels") else way)
+    if way == "kernels" and decoding_kernels() is None:
+        pytest.skip("no C++ compiler here")
+    model.cpu_kernels = way == "kernels"
+    tokens = torch.randn(3, 70, 16, generator=torch.Generator().manual_seed(0))
+
+    def run(decoder, part, position) -> torch.Tensor:
+        if isinstance(decoder, StaticDecoder):
+            decoder.position.copy_(torch.tensor(position).view(-1, 1).expand_as(decoder.position))
+        for layer in decoder.at(position, part.shape[1]):
+            part = layer(part)
+        return part
+
+    expected = run(plain_runner(model, 3, model.device).decoders[0], tokens, 0)
+    if way in ("packed", "kernels"):
+        runner = packed_runner(model, 3)
+    else:
+        runner = (static_runner if way == "static" else plain_runner)(model, 3, model.device)
+    with runner.context():
+        decoder = runner.decoders[0]
+        run(decoder, tokens[:, :62], 0)
+        for count, positions, rows in ((3, [62, 5, 40], [0, 1, 2]), (1, [65, 8, 41], [0, 1, 2]), (4, [9, 30], [1, 2])):
+            if len(rows) < 3 and way == "static":
+                break  # its shapes do not change
+            if len(rows) < 3:
+                decoder.reorder(torch.tensor(rows))
+            part = torch.stack([tokens[row, at : at + count] for row, at in zip(rows, positions)])
+            wanted = torch.stack([expected[row, at : at + count] for row, at in zip(rows, positions)])
+            torch.testing.assert_close(run(decoder, part, positions), wanted, rtol=1e-4, atol=1e-4)

@@ -12,7 +12,13 @@ from definitions import generators, regenerate, uniforms_of
 
 from dnd_hf import DnDForImageGeneration, bundled_checkpoint
 from dnd_hf.generation.loop import SamplingLoop
-from dnd_hf.generation.windows import AutomaticWindows, WindowRates, automatic_positions_per_pass
+from dnd_hf.generation.own_pace import OwnPace
+from dnd_hf.generation.windows import (
+    AutomaticWindows,
+    WindowRates,
+    automatic_positions_per_pass,
+    ends_of_passes,
+)
 
 
 LARGER = dict(grid_size=(7, 10), num_attention_heads=4, num_key_value_heads=2, code_depth=3)
@@ -81,6 +87,25 @@ def test_given_codes_stay_in_windows(width, make_model, make_inputs, any_decoder
         assert torch.equal(model.generate(labels, positions_per_pass=width, **options), expected)
 
 
+def test_passes_end_before_given_cells_that_are_as_many_as_a_pass_has():
+    whole = [False, True, True, False, True, False]
+    assert ends_of_passes(whole, 3) == [6] * 6
+    assert ends_of_passes(whole, 2)[0] == 1 and ends_of_passes(whole, 2)[3:] == [6, 6, 6]
+    assert ends_of_passes(whole, 1)[0] == 1 and ends_of_passes(whole, 1)[3] == 4
+    assert ends_of_passes([False] * 3, 1) == [3] * 3
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_many_given_cells_in_a_row_cost_no_passes_of_their_own(batch, make_model):
+    model = make_model(**LARGER)
+    given = model.generate([0] * batch, generator=list(range(batch)))
+    mask = torch.ones(given.shape, dtype=torch.bool)
+    mask[:, 2, :2] = mask[:, 4, 3:5] = mask[:, 6, :2] = False
+    passes = passes_of(model)
+    model.generate([0] * batch, generator=list(range(batch)), codes=given, codes_mask=mask, positions_per_pass=5)
+    assert len(passes) <= 3 * 2  # at least one cell of two in each
+
+
 def test_where_codes_do_not_depend_on_others_two_passes_do(make_model):
     """The first guesses are wrong everywhere and the second right everywhere."""
     model = make_model(depth_mode="parallel", **LARGER)
@@ -94,7 +119,7 @@ def test_where_codes_do_not_depend_on_others_two_passes_do(make_model):
 
 
 def test_right_guesses_are_final_and_those_behind_a_wrong_one_are_not(make_model, monkeypatch):
-    model, width = make_model(), 6
+    model = make_model()
     expected = model.generate([0, 1], generator=(1, 2)).flatten(1, 2)
     start = SamplingLoop.start
 
@@ -105,11 +130,19 @@ def test_right_guesses_are_final_and_those_behind_a_wrong_one_are_not(make_model
         loop.codes_BLD[1, 4, 1] += 1 if expected[1, 4, 1] < 10 else -1
 
     monkeypatch.setattr(SamplingLoop, "start", start_with_guesses)
-    finals, step_window = [], SamplingLoop.step_window
-    monkeypatch.setattr(SamplingLoop, "step_window", lambda *a: finals.append(step_window(*a)) or finals[-1])
-    codes = model.generate([0, 1], generator=(1, 2), positions_per_pass=width)
+    places, step = [], OwnPace.step
+
+    def step_and_note(pace, *arguments):
+        final = step(pace, *arguments)
+        places.append(list(pace.places))
+        return final
+
+    monkeypatch.setattr(OwnPace, "step", step_and_note)
+    codes = model.generate([0, 1], generator=(1, 2), positions_per_pass=6)
     assert torch.equal(codes.flatten(1, 2), expected)
-    assert finals[0] == 4 and sum(finals) == 6  # cell 3 itself is right, as the cells before it were
+    # A cell with a wrong guess is right now, as the cells before it were. Behind it all is computed anew, and equal.
+    assert places[0] == [4, 5]
+    assert places[-1] == [6, 6]
 
 
 def test_the_callback_is_called_once_a_position_in_order_and_sees_no_guesses(make_model, make_inputs, any_decoder):
@@ -280,5 +313,5 @@ def test_passes_of_several_positions_are_replayed_too(make_model, graphed):
     for _ in range(2):
         assert torch.equal(model.generate([0, 1, 2], generator=3, positions_per_pass=4), expected)
     (loop,) = [loop for free in model._kept_loops.free.values() for loop in free]
-    assert set(loop.graphs) - {(70, 1)} == {(64, 4), (70, 4)}  # the last cell may be left for a pass of its own
-    assert len(graphed) == len(loop.graphs)
+    assert set(loop.graphs) == {(64, 4), (70, 4)}  # no shorter ones at the end of the grid
+    assert len(graphed) == 2
