@@ -283,9 +283,9 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
                 f"`images` must be (batch, {channels}, height, width) with height a multiple of {row_stride} and width"
                 f" of {column_stride}, got shape {tuple(images.shape)}."
             )
-        if self.config.local_encoder:
-            return self._in_parts(self._encode_positions, images, images.shape[2:], 1 / self.stride)
         scale = 1 / self.stride
+        if self.config.local_encoder:  # the same in tiles and whole
+            return self._in_parts(self._encode_positions, images, self.tile_size, scale, tiled=False)
         return self._in_parts(lambda x: self.quant_conv(self.encoder(x)), images, self.tile_size, scale, tiled)
 
     def _encode_positions(self, images: Tensor) -> Tensor:
