@@ -284,16 +284,3 @@ def test_every_command_of_a_claim_has_options_that_its_script_takes(claim, tmp_p
         if script in ARGUMENTS:
             arguments = runpy.run_path(str(EXAMPLES / script))[ARGUMENTS[script]]
             parse_arguments(arguments, [*options, "--output_dir", name])
-
-
-def test_the_loss_of_more_steps_follows_the_power_law_of_the_steps_so_far():
-    predicted_losses = runpy.run_path(str(CLAIMS / "extrapolate.py"))["predicted_losses"]
-
-    def loss(step):
-        return 0.9 + 0.6 * step**-0.4
-
-    steps = [1000, 2000, 3000, 4000, 5000]
-    predicted = predicted_losses(steps, [loss(step) for step in steps], [16_000, 60_000])
-    assert predicted == pytest.approx([loss(16_000), loss(60_000)], rel=1e-4)
-    with pytest.raises(ValueError, match=r"at least 4 validations are needed, .*, got 3"):
-        predicted_losses(steps[:3], [1.3, 1.2, 1.1], [16_000])
