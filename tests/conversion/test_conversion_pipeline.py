@@ -5,7 +5,7 @@ import torch
 from fixtures.official_cases import PARITY, write_case
 from safetensors.torch import load_file
 
-from dnd_hf import DnDConfig, DnDForImageGeneration, DnDPipeline, convert_rqvae, convert_transformer
+from dnd_hf import RQVAE, DnDConfig, DnDForImageGeneration, DnDPipeline, convert_rqvae, convert_transformer
 from dnd_hf.conversion import convert_pipeline, export_original
 from dnd_hf.files import new_folder
 
@@ -119,6 +119,11 @@ def test_models_the_official_code_cannot_compute_are_not_written_back(tmp_path):
         DnDForImageGeneration(DnDConfig(**config, **options)).save_pretrained(tmp_path / name)
         with pytest.raises(ValueError, match=f"{name}.* for the official code"):
             export_original(tmp_path / name, tmp_path / "original")
+    RQVAE(block_out_channels=(32,), num_vq_embeddings=8, sample_size=4, local_encoder=True).save_pretrained(
+        tmp_path / "local"
+    )
+    with pytest.raises(ValueError, match="`local_encoder` must be False for the official code"):
+        export_original(tmp_path / "local", tmp_path / "original")
     with pytest.raises(ValueError, match=r"must have a config\.json"):
         export_original(tmp_path / "nothing", tmp_path / "original")
     assert not (tmp_path / "original").exists()
