@@ -61,6 +61,13 @@ def test_the_gated_activation_is_right_to_the_last_rounding(width, dtype, kernel
     assert ((result.double() - exact).abs() <= ROUNDOFF[dtype] * (exact.abs() + 0.1)).all()
 
 
+def rotary_tables(length, dim, dtype):
+    """Cosines and signed sines of random angles, `(length, 1, dim)`."""
+    angles = random(length, 1, dim // 2, dtype=torch.float32, seed=99)
+    cos, sin = (torch.cat(parts, -1).to(dtype) for parts in ([angles.cos()] * 2, [-angles.sin(), angles.sin()]))
+    return cos, sin
+
+
 @dtypes
 @pytest.mark.parametrize("rotary", [True, False])
 @pytest.mark.parametrize(
@@ -75,22 +82,20 @@ def test_attention_is_that_of_all_tokens_so_far_whatever_memory_held_before(
     blocks = -(-40 // width)
     keys = torch.full((5, kv_heads, blocks, dim, width), torch.nan, dtype=dtype)
     values = torch.full((5, kv_heads, blocks * width, dim), torch.nan, dtype=dtype)
+    cos, sin = rotary_tables(40, dim, dtype) if rotary else (None, None)
     seen = []
     for position in range(0, 40 - count + 1, count):
         qkv = random(rows, count, heads + 2 * kv_heads, dim, dtype=dtype, seed=position)
-        tokens, cos, sin = qkv.double(), None, None
+        tokens, places = qkv.double(), slice(position, position + count)
         if rotary:
-            angles = random(count, 1, dim // 2, dtype=torch.float32, seed=position)
-            cos = torch.cat([angles.cos(), angles.cos()], -1).to(dtype)
-            sin = torch.cat([-angles.sin(), angles.sin()], -1).to(dtype)
             turned = tokens[:, :, : heads + kv_heads]
-            turned = turned * cos.double() + turned.roll(dim // 2, -1) * sin.double()
+            turned = turned * cos[places].double() + turned.roll(dim // 2, -1) * sin[places].double()
             tokens = torch.cat([turned, tokens[:, :, heads + kv_heads :]], 2)
         seen.append(tokens)
         query, key, value = torch.cat(seen, 1).transpose(1, 2).split([heads, kv_heads, kv_heads], 1)
         key = key.to(dtype).double()  # as it is kept
         exact = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-        result = kernels.attend(qkv, cos, sin, keys, values, position, dim**-0.5)
+        result = kernels.attend(qkv, cos, sin, keys, values, torch.tensor([position]), dim**-0.5)
         # Scores are sums of `dim` terms in float32, of keys that may be rounded the other way where they are turned.
         key, value = (part.repeat_interleave(heads // kv_heads, 1) for part in (key, value))
         sums = (query.abs() @ key.abs().mT).amax() * dim**-0.5
@@ -100,11 +105,28 @@ def test_attention_is_that_of_all_tokens_so_far_whatever_memory_held_before(
         assert (wrong <= bound[:, :, -count:].transpose(1, 2).flatten(2)).all()
 
 
+@dtypes
+def test_rows_at_their_own_positions_get_what_each_gets_alone(dtype, kernels):
+    dim, count, width = 8, 3, kernels.vector_width()
+    keys, values = random(3, 2, -(-40 // width), dim, width, dtype=dtype), random(3, 2, 40, dim, dtype=dtype, seed=1)
+    values = F.pad(values, (0, 0, 0, keys.shape[2] * width - 40))
+    qkv, positions = random(3, count, 4 + 2 * 2, dim, dtype=dtype, seed=2), torch.tensor([5, 37, 12])
+    cos, sin = rotary_tables(40, dim, dtype)
+    alone = []
+    for row in range(3):
+        memory = keys[row : row + 1].clone(), values[row : row + 1].clone()
+        place = positions[row : row + 1]
+        alone.append((kernels.attend(qkv[row : row + 1], cos, sin, *memory, place, 1.0), *memory))
+    together = kernels.attend(qkv, cos, sin, keys, values, positions, 1.0)
+    for found, expected in zip((together, keys, values), zip(*alone)):
+        assert torch.equal(found, torch.cat(expected))
+
+
 def test_what_is_not_finite_stays_so(kernels):
     qkv = torch.zeros(1, 1, 3, 16)
     keys, values = torch.zeros(1, 1, 1, 16, kernels.vector_width()), torch.zeros(1, 1, kernels.vector_width(), 16)
     qkv[..., 0, 3] = torch.nan
-    assert kernels.attend(qkv, None, None, keys, values, 0, 1.0).isnan().all()
+    assert kernels.attend(qkv, None, None, keys, values, torch.tensor([0]), 1.0).isnan().all()
     hidden = torch.full((1, 16), torch.inf)
     assert kernels.add_norm(hidden, None, torch.ones(16), None, 1e-5)[1].isnan().all()
     assert kernels.silu_mul(torch.full((1, 32), torch.nan)).isnan().all()
