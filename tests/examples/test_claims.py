@@ -88,7 +88,7 @@ def test_verses_has_pages_of_16_letters_by_8_lines_and_fits_into_a_bundle():
     options = ["--dataset_name", "x", "--output_dir", "y"]
     pages = read("verses_images", "make_text_images.py", "TextImageArguments", *options).images
     assert isinstance(pages, TextImages) and (pages.height, pages.width) == (8 * 16, 16 * 8)
-    tokenizer = read("verses_rqvae", "train_rqvae.py", "RQVAEArguments", *options)
+    tokenizer = read("pages_rqvae", "train_rqvae.py", "RQVAEArguments", "--local_encoder", *options)
     transformer = read("verses_dnd", "train.py", "DnDArguments", "--codes_dir", "x", "--output_dir", "y")
     with torch.device("meta"):
         vae = tokenizer.make_vae()
