@@ -292,8 +292,8 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
         (rows, columns), (batch, channels, height, width) = self.code_stride, images.shape
         parts = images.reshape(batch, channels, height // rows, rows, width // columns, columns)
         latents = self.quant_conv(self.encoder(parts.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, rows, columns)))
-        latents = latents.view(batch, height // rows, width // columns, *latents.shape[1:]).permute(0, 3, 1, 4, 2, 5)
-        return latents.reshape(batch, -1, height // self.stride, width // self.stride)
+        cells = latents.permute(0, 2, 3, 1).reshape(batch, height // rows, width // columns, -1)
+        return self._from_cells(cells)
 
     def _check_decoded(self, latents: Tensor) -> None:
         channels, (rows, columns) = self.post_quant_conv.in_channels, self.config.code_patch_size
