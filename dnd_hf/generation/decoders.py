@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from ..ops.cpu_precision import warn_of_slow_precision
 from .interface import Decoder, ImageCodeModel, Layer, LayerStack, Position
 
 
@@ -50,6 +51,7 @@ def plain_runner(model: ImageCodeModel, rows: int, device: torch.device, count: 
     For passes that choose the codes of up to `count` cells of each of `rows` sequences. Flash attention knows no other
     mask than the causal one up to the last position, so with it all sequences are at the same.
     """
+    warn_of_slow_precision(device, model.dtype)
     attention, (first, *others) = model.config._attn_implementation, model.layer_stacks(device)
     stacks = ((first, rows), *((stack, rows * count) for stack in others))
     decoders = [PlainDecoder(*stack, device, model.dtype, attention) for stack in stacks]

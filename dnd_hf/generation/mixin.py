@@ -8,6 +8,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 from transformers import GenerationConfig
 
+from ..ops.cpu_precision import warn_of_slow_precision
 from ..ops.number_checks import whole_number
 from ..ops.tensor_checks import check_integers
 from .cuda_graphs import GraphedLoop, KeptLoops
@@ -226,6 +227,7 @@ class ImageGenerationMixin(OutpaintingMixin, PackingMixin):
         codes = self._check_codes(codes)
         conditions_BT = self._scored_conditions(class_labels, codes)
         batch_size = whole_number("batch_size", batch_size)
+        warn_of_slow_precision(codes.device, self.dtype)
         parts = zip(conditions_BT.split(batch_size), codes.split(batch_size))
         with evaluation_mode(self):
             log_probs = torch.cat([code_log_probs(self, *part) for part in parts])
@@ -251,6 +253,7 @@ class ImageGenerationMixin(OutpaintingMixin, PackingMixin):
         codes = self._check_codes(codes)
         conditions_BT = self._scored_conditions(class_labels, codes)
         num_top_codes = whole_number("num_top_codes", num_top_codes, maximum=self.config.vocab_size)
+        warn_of_slow_precision(codes.device, self.dtype)
         with evaluation_mode(self):
             return code_distributions(self, conditions_BT, codes, num_top_codes)
 

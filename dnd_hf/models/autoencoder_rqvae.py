@@ -13,6 +13,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from ..ops.cpu_precision import warn_of_slow_precision
 from ..ops.number_checks import check_not_negative, check_share, height_width, whole_number
 from ..ops.tensor_checks import can_look, check_finite, check_integers
 from .loading import LoadingMixin
@@ -283,6 +284,7 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
                 f"`images` must be (batch, {channels}, height, width) with height a multiple of {row_stride} and width"
                 f" of {column_stride}, got shape {tuple(images.shape)}."
             )
+        warn_of_slow_precision(images.device, self.dtype)
         scale = 1 / self.stride
         if self.config.local_encoder:  # the same in tiles and whole
             return self._in_parts(self._encode_positions, images, self.tile_size, scale, tiled=False)
@@ -307,6 +309,7 @@ class RQVAE(LoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
             )
 
     def _decode(self, latents: Tensor, tiled: bool | None = None) -> Tensor:
+        warn_of_slow_precision(latents.device, self.dtype)
         tile = tuple(size // self.stride for size in self.tile_size)
         return self._in_parts(lambda x: self.decoder(self.post_quant_conv(x)), latents, tile, self.stride, tiled)
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cpu_precision import has_instructions
+
 
 def can_pack(tensor: Tensor) -> bool:
     """Whether oneDNN is there for the device and the precision of a tensor, and it is a plain one.
@@ -20,9 +22,7 @@ def can_pack(tensor: Tensor) -> bool:
         return False
     if tensor.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    if tensor.dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return tensor.dtype == torch.float32
+    return tensor.dtype in (torch.float32, torch.bfloat16) and has_instructions(tensor.device, tensor.dtype)
 
 
 class PackedLinear:

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from ..arguments import RunArguments
+from ..ops.cpu_precision import warn_of_slow_precision
 from .checkpoints import find_checkpoint, list_checkpoints
 from .metrics import JsonlTracker
 from .publishing import open_repository
@@ -48,6 +49,8 @@ class RunEnvironment:
         )
         if self.accelerator.mixed_precision == "fp16":
             raise ValueError("train in bf16 or float32: fp16 is too narrow for the quantizer and the GAN's weight.")
+        if self.accelerator.mixed_precision == "bf16":
+            warn_of_slow_precision(self.accelerator.device, torch.bfloat16)
         if self.accelerator.state.deepspeed_plugin is not None:  # what is "auto" in its configuration
             self.accelerator.state.deepspeed_plugin.deepspeed_config |= {
                 "train_micro_batch_size_per_gpu": args.train_batch_size,

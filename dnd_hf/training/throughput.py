@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..models.autoencoder_rqvae import RQVAE
 from ..models.configuration_dnd import DnDConfig
 from ..models.configuration_rq_transformer import RQTransformerConfig
+from ..ops.cpu_precision import has_instructions
 
 
 def transformer_training_flops(config: DnDConfig | RQTransformerConfig) -> int:
@@ -54,9 +55,10 @@ def tokenizer_training_flops(vae: RQVAE, size: tuple[int, int]) -> int:
 def peak_flops(device: torch.device, *dtypes: torch.dtype) -> float:
     """Floating point operations a second of the fastest matrix product in one of `dtypes`, measured now.
 
-    Several sizes are tried, each a few times, which takes a second or two. Float32 on a GPU is TF32 where convolutions
-    may use it, as they do by default.
+    Several sizes are tried, each a few times, which takes a second or two; precisions that a CPU can only emulate are
+    left out, if there are others. Float32 on a GPU is TF32 where convolutions may use it, as they do by default.
     """
+    dtypes = tuple(dtype for dtype in dtypes if has_instructions(device, dtype)) or dtypes
     sizes = (512, 1024, 2048) if device.type == "cpu" else (2048, 4096, 8192)
     earlier = torch.get_float32_matmul_precision()
     if device.type == "cuda" and torch.backends.cudnn.allow_tf32:

@@ -26,6 +26,7 @@ from train_step import train
 from trained import trained
 
 from dnd_hf.command_line import run_script
+from dnd_hf.ops.cpu_precision import has_instructions
 
 
 SUITES = {
@@ -44,6 +45,8 @@ SUITES = {
 
 def main(args: BenchmarkArguments) -> None:
     device = torch.device(args.device or torch.accelerator.current_accelerator() or "cpu")
+    if args.dtype is None:
+        args.dtype = "bfloat16" if has_instructions(device, torch.bfloat16) else "float32"
     reference = Reference(args.reference) if args.reference else None
     machine, rows = describe_machine(device), []
     for section in args.sections:

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from dnd_hf import DnDConfig, DnDForImageGeneration
 from dnd_hf.generation.loop import SamplingLoop
 from dnd_hf.generation.packed_decoder import packed_runner
+from dnd_hf.ops.cpu_precision import has_instructions
 from dnd_hf.training.throughput import peak_flops
 
 
 def decode(
     args: BenchmarkArguments, device: torch.device, reference: Reference | None, more: bool = True
 ) -> Iterator[dict]:
-    """Sampling codes from labels, with guidance; the official code at the better of its two precisions on CPUs.
+    """Sampling codes from labels, with guidance; the official code at the better of its two precisions on CPUs that
+    have instructions for both.
 
     A row for each of `positions_per_pass`. `more`: also the time of the first call, the memory, the passes and the time
     to the codes of the first row of the grid, which take calls of their own.
@@ -33,7 +35,11 @@ def decode(
     officials = {}
     if reference:
         precisions = (torch.float32, torch.bfloat16) if device.type == "cpu" else (dtype,)
-        officials = {precision: reference.transformer(model).to(device, precision) for precision in precisions}
+        officials = {
+            precision: reference.transformer(model).to(device, precision)
+            for precision in precisions
+            if has_instructions(device, precision)
+        }
     model.to(dtype)
     model.cuda_graphs, model.cpu_kernels = args.cuda_graphs and device.type == "cuda", args.cpu_kernels
     if args.torch_compile:

@@ -30,7 +30,10 @@ class BenchmarkArguments:
     output_dir: str | None = HfArg(default=None, help="Also write benchmark.json and benchmark.md there.")
     repeats: int = HfArg(default=5, help="Times that each is run, after one that does not count.")
     device: str | None = HfArg(default=None, help="Default: a GPU where there is one.")
-    dtype: Literal["float32", "bfloat16"] = HfArg(default="bfloat16", help="Of decoding and training.")
+    dtype: Literal["float32", "bfloat16"] | None = HfArg(
+        default=None,
+        help="Of decoding and training. Default: bfloat16, or float32 on CPUs that have no instructions for it.",
+    )
     torch_compile: bool = HfArg(
         default=False,
         help="Compile training steps and tokenizers, ours and the official ones, and our layers in decoding.",

@@ -16,16 +16,19 @@ from torch.utils.data import DataLoader
 from dnd_hf import RQVAE
 from dnd_hf.data.codes import CodesWriter, ShardReader, codes_features
 from dnd_hf.data.images import ImageDataset, TenCrop
+from dnd_hf.ops.cpu_precision import has_instructions
 
 
 @torch.no_grad()
 def tokenize(args: BenchmarkArguments, device: torch.device, reference: Reference | None) -> Iterator[dict]:
-    """Images to codes, in float32, and back, in bfloat16 too: grey levels (of 255) say how far off that is."""
+    """Images to codes, in float32, and back, in bfloat16 too, but on CPUs that have no instructions for it: grey levels
+    (of 255) say how far off that is."""
     vae = make_tokenizer(args, args.code_depth, device)
     official = reference.tokenizer(vae).to(device) if reference else None
-    half = deepcopy(vae).to(torch.bfloat16)
+    half = deepcopy(vae).to(torch.bfloat16) if has_instructions(device, torch.bfloat16) else None
     if args.channels_last:
-        vae, half = (one.to(memory_format=torch.channels_last) for one in (vae, half))
+        for model in filter(None, (vae, half)):
+            model.to(memory_format=torch.channels_last)
     if args.torch_compile:
         for model in filter(None, (vae, half, official)):
             model.encoder.compile()
@@ -35,10 +38,10 @@ def tokenize(args: BenchmarkArguments, device: torch.device, reference: Referenc
         if args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         codes = vae.encode(images).codes
-        exact, rounded = (one.decode_codes(codes).sample.float().clamp(-1, 1) for one in (vae, half))
-        off = {"grey_levels": (exact - rounded).abs().mean().item() * 127.5}
         encoding = {"ours": partial(vae.encode, images)}
-        decoding = {"ours": partial(vae.decode_codes, codes), "half": partial(half.decode_codes, codes)}
+        decoding = {"ours": partial(vae.decode_codes, codes)}
+        if half:
+            decoding["half"] = partial(half.decode_codes, codes)
         if official:
             encoding["reference"] = partial(official.get_codes, images)
             decoding["reference"] = partial(official.decode_code, codes)
@@ -48,11 +51,14 @@ def tokenize(args: BenchmarkArguments, device: torch.device, reference: Referenc
         memory = extra_memory(encoding["ours"], device)
         yield row("tokenize", f"encode, {what}", "images/s", batch, seconds, memory_mb=memory)
         seconds = side_by_side(decoding, device, args.repeats)
-        half_seconds = {**seconds, "ours": seconds.pop("half")}
+        half_seconds = seconds.pop("half", None)
         memory = extra_memory(decoding["ours"], device)
         yield row("tokenize", f"decode, {what}", "images/s", batch, seconds, memory_mb=memory)
-        memory = extra_memory(decoding["half"], device)
-        yield row("tokenize", f"decode in bfloat16, {what}", "images/s", batch, half_seconds, memory_mb=memory, **off)
+        if half:
+            exact, rounded = (decoding[name]().sample.float().clamp(-1, 1) for name in ("ours", "half"))
+            off = {"grey_levels": (exact - rounded).abs().mean().item() * 127.5}
+            memory, seconds = extra_memory(decoding["half"], device), {**seconds, "ours": half_seconds}
+            yield row("tokenize", f"decode in bfloat16, {what}", "images/s", batch, seconds, memory_mb=memory, **off)
 
 
 def extract(args: BenchmarkArguments, device: torch.device, reference: Reference | None) -> Iterator[dict]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dnd_hf.training import throughput
 from dnd_hf.training.throughput import peak_flops, peak_memory, tokenizer_training_flops, transformer_training_flops
 
 
@@ -64,3 +65,14 @@ def test_a_rate_and_a_peak_are_measured():
     block = torch.ones(size, dtype=torch.uint8)
     assert size / 1e9 <= peak_memory(torch.device("cpu")) < 100
     del block
+
+
+def test_precisions_that_a_cpu_emulates_are_not_measured_beside_others(monkeypatch):
+    measured = []
+    monkeypatch.setattr(throughput, "has_instructions", lambda device, dtype: dtype == torch.float32)
+    monkeypatch.setattr(throughput, "_product_rate", lambda size, device, dtype: measured.append(dtype) or size)
+    assert peak_flops(torch.device("cpu"), torch.float32, torch.bfloat16) == 2048
+    assert set(measured) == {torch.float32}
+    measured.clear()
+    peak_flops(torch.device("cpu"), torch.bfloat16)
+    assert set(measured) == {torch.bfloat16}
