@@ -5,10 +5,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from ..ops.packed_linear import PackedLinear
 from .interface import Layer, LayerStack, Position
 from .packed_layers import GatedMLP, PackedLayer, signed_rotary
+
+
+SILU = (nn.SiLU, type(ACT2FN["silu"]))
+"""The modules that compute it."""
 
 
 class KernelDecoder:
@@ -51,7 +56,7 @@ class KernelLayer:
         self.layer, self.kernels = layer, kernels
         self.attention_norm, self.mlp_norm = KernelNorm(layer.norms[0], kernels), KernelNorm(layer.norms[1], kernels)
         self.qkv_proj, self.o_proj, self.first, self.down_proj = layer.products
-        self.gated_by_silu = isinstance(layer.mlp, GatedMLP) and isinstance(layer.mlp.act_fn, nn.SiLU)
+        self.gated_by_silu = isinstance(layer.mlp, GatedMLP) and isinstance(layer.mlp.act_fn, SILU)
 
     @property
     def products(self) -> list[PackedLinear]:

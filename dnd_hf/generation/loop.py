@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .decoders import ModelRunner, one_a_row
-from .filters import logits_filters
+from .filters import filtered, logits_filters
 from .given_codes import GivenCodes
 from .guidance import guide
 from .interface import ImageCodeModel, Position
@@ -198,7 +198,7 @@ class SamplingLoop:
         if self.filters is None:
             codes_X, finite_X = logits_XV.argmax(-1), logits_XV.amax(-1).isfinite()
         else:
-            codes_X = draw(self.filters[k](None, logits_XV), noise_BN.flatten())
+            codes_X = draw(filtered(self.filters[k], logits_XV), noise_BN.flatten())
             finite_X = codes_X < logits_XV.shape[-1]
             codes_X = codes_X.clamp_(max=logits_XV.shape[-1] - 1)
         chosen_BN = codes_X.view(-1, count)

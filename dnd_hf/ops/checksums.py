@@ -1,5 +1,7 @@
 """A number for the contents of a tensor, by which one sees whether weights are still what something was made from."""
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,6 +32,7 @@ def checksum(tensor: Tensor) -> int:
     return total
 
 
+@lru_cache(maxsize=64)
 def _odd_numbers(count: int, seed: int) -> Tensor:
     """The same random odd numbers in every call."""
     generator = torch.Generator().manual_seed(seed)

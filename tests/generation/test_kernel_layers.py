@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.profiler import profile
 
 from dnd_hf.generation import packed_decoder
 from dnd_hf.generation.decoders import plain_runner
@@ -42,6 +43,18 @@ def test_codes_are_those_of_200_seeds_without_kernels(options, model, conditions
     assert isinstance(packed_runner(model, 3).decoders[0], KernelDecoder)
     for codes, batch in zip(expected, batches):
         assert torch.equal(model.generate(conditions, **batch), codes)
+
+
+def test_a_layer_with_silu_leaves_norms_attention_and_gate_to_the_kernels(make_model):
+    model = make_model()
+    model.cpu_kernels = True
+    with profile() as seen:
+        model.generate([0])
+    calls = {event.key: event.count for event in seen.key_averages()}
+    passes = model.config.sequence_length * (model.config.prediction_layers[-1] + 1)
+    assert calls["dnd_hf_decoding::add_norm"] == 2 * passes
+    assert calls["dnd_hf_decoding::attend"] == calls["dnd_hf_decoding::silu_mul"] == passes
+    assert "aten::silu" not in calls
 
 
 def test_codes_of_a_packed_model_are_the_same_with_kernels(model, conditions):
