@@ -1,4 +1,4 @@
-"""Packed blocks whose norms, attention and activation are compiled C++ (`model.cpu_kernels = True`)."""
+"""Packed blocks in compiled C++ (`model.cpu_kernels = True`)."""
 
 from functools import partial
 from typing import Any
@@ -50,12 +50,14 @@ class KernelKeysValues:
 
 
 class KernelLayer:
-    """What a [`PackedLayer`] computes, in four products and four kernels."""
+    """What a [`PackedLayer`] computes, in two calls where its gate is silu."""
 
     def __init__(self, layer: PackedLayer, kernels: Any):
         self.layer, self.kernels = layer, kernels
-        self.attention_norm, self.mlp_norm = KernelNorm(layer.norms[0], kernels), KernelNorm(layer.norms[1], kernels)
-        self.qkv_proj, self.o_proj, self.first, self.down_proj = layer.products
+        self.attention_norm, self.mlp_norm = map(norm_arguments, layer.norms)
+        self.qkv_proj, self.o_proj, self.first, self.down_proj = (
+            (product.weight, product.bias) for product in layer.products
+        )
         self.gated_by_silu = isinstance(layer.mlp, GatedMLP) and isinstance(layer.mlp.act_fn, SILU)
 
     @property
@@ -71,25 +73,19 @@ class KernelLayer:
         rotary: tuple[Tensor, Tensor] | tuple[None, None],
     ) -> Tensor:
         """Of tokens from `positions` on, `(rows,)` or one for all; cosines and sines `(length, 1, head_dim)`."""
-        attention, (rows, count, _) = self.layer.attention, hidden_RTC.shape
-        hidden_RTC, normed_RTC = self.attention_norm(hidden_RTC.contiguous(), None)
-        qkv = self.qkv_proj(normed_RTC).view(rows, count, -1, attention.head_dim)
-        keys_values, scaling = (cache.keys, cache.values), attention.scaling
-        attended_RTC = self.kernels.attend(qkv, *rotary, *keys_values, positions, scaling)
-        hidden_RTC, normed_RTC = self.mlp_norm(hidden_RTC, self.o_proj(attended_RTC))
-        if not self.gated_by_silu:
-            return hidden_RTC + self.layer.mlp(normed_RTC)
-        return hidden_RTC + self.down_proj(self.kernels.silu_mul(self.first(normed_RTC)))
+        hidden_RTC, scaling = hidden_RTC.contiguous(), self.layer.attention.scaling
+        where = *rotary, cache.keys, cache.values, positions, scaling
+        branch_RTC = self.kernels.attention_branch(
+            hidden_RTC, *self.attention_norm, *self.qkv_proj, *self.o_proj, *where
+        )
+        if self.gated_by_silu:
+            return self.kernels.add_gated_mlp(hidden_RTC, branch_RTC, *self.mlp_norm, *self.first, *self.down_proj)
+        hidden_RTC, normed_RTC = self.kernels.add_norm(hidden_RTC, branch_RTC, *self.mlp_norm)
+        return hidden_RTC + self.layer.mlp(normed_RTC)
 
 
-class KernelNorm:
-    """`hidden + branch` and the norm of it, RMS norm or layer norm."""
-
-    def __init__(self, norm: Any, kernels: Any):
-        self.kernels, self.weight, self.eps = kernels, norm.weight, norm.eps
-        self.bias: Tensor | None = None
-        if type(norm) is nn.LayerNorm:
-            self.bias = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
-
-    def __call__(self, hidden_RTC: Tensor, branch_RTC: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.kernels.add_norm(hidden_RTC, branch_RTC, self.weight, self.bias, self.eps)
+def norm_arguments(norm: Any) -> tuple[Tensor, Tensor | None, float]:
+    """Weight, bias and epsilon of an RMS norm, which has no bias, or a layer norm, which has one."""
+    if type(norm) is nn.RMSNorm:
+        return norm.weight, None, norm.eps
+    return norm.weight, torch.zeros_like(norm.weight) if norm.bias is None else norm.bias, norm.eps

@@ -6,9 +6,6 @@ from functools import cache
 import torch
 
 
-logger = logging.getLogger(__name__)
-
-
 def has_instructions(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a device multiplies matrices of a precision by instructions of its own: all do, but not all CPUs.
 
@@ -29,7 +26,7 @@ def warn_of_slow_precision(device: torch.device, dtype: torch.dtype) -> None:
 
 @cache
 def _warn(dtype: torch.dtype) -> None:
-    logger.warning(
+    logging.getLogger(__name__).warning(
         "This CPU has no instructions for %s: convolutions take hundreds of times as long as in float32, and matrix"
         " products several times. Use float32 here.",
         str(dtype).removeprefix("torch."),

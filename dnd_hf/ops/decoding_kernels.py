@@ -1,6 +1,6 @@
-"""C++ for what stands between the packed products of a decoding step: norms of sums, attention, gated activation.
+"""C++ for the blocks of a decoding step: norms of sums, attention, gated activation, and the packed products between.
 
-PyTorch's own operations for few rows take longer to start than to compute. The kernels round where a layer's results
+PyTorch's own operations for few rows take longer to start than to compute, and so do calls from Python. The kernels round where a layer's results
 are stored, and compute in float32 between. They are compiled by the C++ compiler of the machine, once, by PyTorch's
 loader, which keeps them in its folder of extensions (`TORCH_EXTENSIONS_DIR`).
 """
@@ -18,15 +18,18 @@ logger = logging.getLogger(__name__)
 KERNELS = r"""
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/linear.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <optional>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -254,6 +257,37 @@ Tensor attend(const Tensor& qkv, const std::optional<Tensor>& cos, const std::op
   return out;
 }
 
+// inputs @ weight.T + bias, of a weight in oneDNN's layout or as it is.
+Tensor product(const Tensor& inputs, const Tensor& weight, const std::optional<Tensor>& bias) {
+  if (!weight.is_mkldnn()) return at::linear(inputs, weight, bias);
+  using Scalars = c10::List<std::optional<at::Scalar>>;
+  using Pointwise = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, std::string_view, Scalars,
+                           std::optional<std::string_view>);
+  static const auto linear =
+      c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Pointwise>();
+  return linear.call(inputs, weight, bias, "none", Scalars(), "");
+}
+
+// The attention of a block, from its norm to its last product; not yet added to the hidden states.
+Tensor attention_branch(const Tensor& hidden, const Tensor& norm, const std::optional<Tensor>& norm_bias, double eps,
+                        const Tensor& qkv, const std::optional<Tensor>& qkv_bias, const Tensor& out,
+                        const std::optional<Tensor>& out_bias, const std::optional<Tensor>& cos,
+                        const std::optional<Tensor>& sin, const Tensor& keys, const Tensor& values,
+                        const Tensor& positions, double scaling) {
+  Tensor normed = std::get<1>(add_norm(hidden, std::nullopt, norm, norm_bias, eps));
+  Tensor tokens = product(normed, qkv, qkv_bias).view({hidden.size(0), hidden.size(1), -1, values.size(3)});
+  return product(attend(tokens, cos, sin, keys, values, positions, scaling), out, out_bias);
+}
+
+// The rest of a block with a gate of silu.
+Tensor add_gated_mlp(const Tensor& hidden, const Tensor& branch, const Tensor& norm,
+                     const std::optional<Tensor>& norm_bias, double eps, const Tensor& gate_up,
+                     const std::optional<Tensor>& gate_up_bias, const Tensor& down,
+                     const std::optional<Tensor>& down_bias) {
+  auto [sum, normed] = add_norm(hidden, branch, norm, norm_bias, eps);
+  return product(silu_mul(product(normed, gate_up, gate_up_bias)), down, down_bias).add_(sum);
+}
+
 int64_t vector_width() { return W; }
 }  // namespace
 
@@ -262,12 +296,23 @@ TORCH_LIBRARY(dnd_hf_decoding, m) {
   m.def("silu_mul(Tensor gate_up) -> Tensor");
   m.def("attend(Tensor qkv, Tensor? cos, Tensor? sin, Tensor(a!) keys, Tensor(b!) values, Tensor positions,"
         " float scaling) -> Tensor");
+  m.def("attention_branch(Tensor hidden, Tensor norm, Tensor? norm_bias, float eps, Tensor qkv, Tensor? qkv_bias,"
+        " Tensor out, Tensor? out_bias, Tensor? cos, Tensor? sin, Tensor(a!) keys, Tensor(b!) values, Tensor positions,"
+        " float scaling) -> Tensor");
+  m.def("add_gated_mlp(Tensor hidden, Tensor branch, Tensor norm, Tensor? norm_bias, float eps, Tensor gate_up,"
+        " Tensor? gate_up_bias, Tensor down, Tensor? down_bias) -> Tensor");
   m.def("vector_width() -> int", &vector_width);
 }
 TORCH_LIBRARY_IMPL(dnd_hf_decoding, CPU, m) {
   m.impl("add_norm", &add_norm);
   m.impl("silu_mul", &silu_mul);
   m.impl("attend", &attend);
+  m.impl("attention_branch", &attention_branch);
+  m.impl("add_gated_mlp", &add_gated_mlp);
+}
+TORCH_LIBRARY_IMPL(dnd_hf_decoding, MkldnnCPU, m) {  // where a weight is in oneDNN's layout
+  m.impl("attention_branch", &attention_branch);
+  m.impl("add_gated_mlp", &add_gated_mlp);
 }
 """
 

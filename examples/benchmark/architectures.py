@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from decode import decoding_modes
 from official import Reference
 from official_rq_transformer import OriginalRQTransformer
 from options import BenchmarkArguments
@@ -74,7 +75,8 @@ def decode_rows(
     model.eval()
     sample_official = official_sampler(model.float(), reference, dtype) if reference else None
     model.to(dtype)
-    model.cuda_graphs, model.cpu_kernels = args.cuda_graphs and model.device.type == "cuda", args.cpu_kernels
+    model.cuda_graphs, model.cpu_kernels = decoding_modes(args, model.device)
+    what += ", compiled kernels" * model.cpu_kernels
     for batch in args.decode_batch_sizes:
         labels = torch.arange(batch, device=model.device) % 1000
         functions = {"ours": partial(model.generate, labels, generator=torch.Generator(model.device).manual_seed(0))}

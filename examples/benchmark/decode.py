@@ -41,7 +41,7 @@ def decode(
             if has_instructions(device, precision)
         }
     model.to(dtype)
-    model.cuda_graphs, model.cpu_kernels = args.cuda_graphs and device.type == "cuda", args.cpu_kernels
+    model.cuda_graphs, model.cpu_kernels = decoding_modes(args, device)
     if args.torch_compile:
         model.compile_repeated_blocks()
     for batch in args.decode_batch_sizes:
@@ -63,6 +63,7 @@ def decode(
             times = [seconds.pop(str(precision)) for precision in officials]
             seconds["reference"] = min(times, key=median)
         what = f"{args.size}, depth {args.code_depth}, batch {batch}, guidance {args.guidance_scale:g}, {args.dtype}"
+        what += ", compiled kernels" * model.cpu_kernels
         if more:
             once["memory_mb"] = extra_memory(first, device)
         ours = {width: seconds.pop(str(width)) for width in widths}
@@ -71,6 +72,11 @@ def decode(
                 once |= passes_and_first_row(generate, model.config.grid_size[1], device)
             several = f", {width} per pass" if width != 1 else ""
             yield row("decode", what + several, "images/s", batch, {"ours": ours[width], **seconds}, **once)
+
+
+def decoding_modes(args: BenchmarkArguments, device: torch.device) -> tuple[bool, bool]:
+    """What `cuda_graphs` and `cpu_kernels` of a model are to be on a device."""
+    return args.cuda_graphs and device.type == "cuda", args.cpu_kernels and device.type == "cpu"
 
 
 def passes_and_first_row(generate: Callable, columns: int, device: torch.device) -> dict[str, float]:

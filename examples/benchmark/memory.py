@@ -43,10 +43,11 @@ def sample_once(args: BenchmarkArguments) -> dict:
     for weight in model.parameters():
         weight.data.uniform_(-0.03, 0.03) if weight.ndim > 1 else weight.data.fill_(1)
     weights = sum(weight.nbytes for weight in model.parameters()) / 1e6
-    device = torch.device("cpu")
+    device, model.cpu_kernels = torch.device("cpu"), args.cpu_kernels
     packing = timed(model.pack_for_cpu, device)
     seconds = timed(lambda: model.generate([0], guidance_scale=args.guidance_scale, generator=0), device)
     what = f"{args.size}, {model.num_parameters() / 1e6:.0f}M, batch 1, guidance {args.guidance_scale:g}, {args.dtype}"
+    what += ", compiled kernels" * model.cpu_kernels
     peak = resident("VmHWM")
     return {
         "section": "memory",

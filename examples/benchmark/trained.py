@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from decode import counted_passes, decode_floors
+from decode import counted_passes, decode_floors, decoding_modes
 from official import Reference
 from options import BenchmarkArguments
 from timing import row, timed
@@ -32,6 +32,7 @@ def trained(args: BenchmarkArguments, device: torch.device, reference: Reference
     """
     pipeline = DnDPipeline.from_pretrained(checkpoint_path(args.pipeline), dtype=torch.float32).to(device)
     model = pipeline.transformer.eval()
+    model.cuda_graphs, model.cpu_kernels = decoding_modes(args, device)
     chosen = dict(temperature=args.trained_temperature, guidance_scale=args.trained_guidance_scale)
     chosen = {name: value for name, value in chosen.items() if value is not None}
     settings = SamplingSettings.resolve(model.config, model.generation_config, **chosen)
@@ -49,6 +50,7 @@ def trained(args: BenchmarkArguments, device: torch.device, reference: Reference
     first = str(args.widths[0])
     others = {name: times for name, times in seconds.items() if name not in args.positions_per_pass}
     what = f"{Path(args.pipeline).name}, guidance {settings.guidance_scale:g}, temperature {settings.temperature[0]:g}"
+    what += ", compiled kernels" * model.cpu_kernels
     for width in args.widths:
         name = str(width)
         yield row(

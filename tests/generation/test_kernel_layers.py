@@ -45,15 +45,14 @@ def test_codes_are_those_of_200_seeds_without_kernels(options, model, conditions
         assert torch.equal(model.generate(conditions, **batch), codes)
 
 
-def test_a_layer_with_silu_leaves_norms_attention_and_gate_to_the_kernels(make_model):
+def test_a_block_with_a_gate_of_silu_is_two_calls(make_model):
     model = make_model()
     model.cpu_kernels = True
     with profile() as seen:
         model.generate([0])
     calls = {event.key: event.count for event in seen.key_averages()}
     passes = model.config.sequence_length * (model.config.prediction_layers[-1] + 1)
-    assert calls["dnd_hf_decoding::add_norm"] == 2 * passes
-    assert calls["dnd_hf_decoding::attend"] == calls["dnd_hf_decoding::silu_mul"] == passes
+    assert calls["dnd_hf_decoding::attention_branch"] == calls["dnd_hf_decoding::add_gated_mlp"] == passes
     assert "aten::silu" not in calls
 
 
