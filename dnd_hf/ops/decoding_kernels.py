@@ -1,8 +1,8 @@
 """C++ for the blocks of a decoding step: norms of sums, attention, gated activation, and the packed products between.
 
-PyTorch's own operations for few rows take longer to start than to compute, and so do calls from Python. The kernels round where a layer's results
-are stored, and compute in float32 between. They are compiled by the C++ compiler of the machine, once, by PyTorch's
-loader, which keeps them in its folder of extensions (`TORCH_EXTENSIONS_DIR`).
+PyTorch's own operations for few rows take longer to start than to compute, and so do calls from Python. The kernels
+round where a layer's results are stored, and compute in float32 between. They are compiled by the C++ compiler of the
+machine, once, by PyTorch's loader, which keeps them in its folder of extensions (`TORCH_EXTENSIONS_DIR`).
 """
 
 import logging

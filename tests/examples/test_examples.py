@@ -302,8 +302,8 @@ def test_benchmark_times_every_section_and_knows_its_floor(folder):
     in_half = has_instructions(torch.device("cpu"), torch.bfloat16)
     assert ("bfloat16" if in_half else "float32") in rows[0]["what"]
     assert [line["section"] for line in rows] == [
-        "decode", "train", *["quantize"] * 2, *["tokenize"] * (2 + in_half), "extract", *["growth"] * 4, *["architectures"] * 4,
-        "memory",
+        "decode", "train", *["quantize"] * 2, *["tokenize"] * (2 + in_half), "extract", *["growth"] * 4,
+        *["architectures"] * 4, "memory",
     ]  # fmt: skip
     assert all(line["ours"] > 0 and "reference" not in line for line in rows)
     assert rows[0]["times_floor"] > 0 and rows[0]["times_packed_floor"] > 0 and rows[1]["mfu"] > 0
