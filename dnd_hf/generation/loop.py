@@ -149,7 +149,7 @@ class SamplingLoop:
             tokens_BTC = self.model.cell_tokens(self.codes_BLD[images, cells], self.grid_L[cells])
         else:
             tokens_BTC = self.model.cell_tokens(self.codes_BLD[images, cells - 1], cells - 1)
-        return tokens_BTC.repeat(2, 1, 1) if self.guided else tokens_BTC
+        return torch.cat([tokens_BTC, tokens_BTC]) if self.guided else tokens_BTC
 
     def leave(self, stay: list[int]) -> None:
         """From now on passes are of these rows of the last one only. It copies what was kept of them."""
@@ -208,7 +208,7 @@ class SamplingLoop:
         codes_BN.copy_(chosen_BN)
         if tokens > count:  # of a pass that also reads what is given
             chosen_BN = self.codes_BLD[:, self.unread - tokens : self.unread, k]
-        return chosen_BN.repeat(2, 1) if self.guided else chosen_BN
+        return torch.cat([chosen_BN, chosen_BN]) if self.guided else chosen_BN
 
 
 def _padded(values_BLD: Tensor, missing: int) -> Tensor:
