@@ -217,6 +217,8 @@ CASES = [  # (the argument that the message must name, what else it must say, th
     ("temperature", "greater than 0", pipe(temperature=0.0)),
     ("top_k", "one per depth (2)", pipe(top_k=[3])),
     ("top_p", "(0, 1]", pipe(top_p=2)),
+    ("positions_per_pass", "0", pipe(positions_per_pass=0)),
+    ("positions_per_pass", "'all'", pipe(positions_per_pass="all")),
     ("transformer", "`num_vq_embeddings` 12", pair(vqvae=dict(num_vq_embeddings=12))),
     ("vqvae", "`vocab_size` 10", pair(transformer=dict(vocab_size=10))),
     ("vqvae", "`code_depth` 3", pair(vqvae=dict(code_depth=3))),

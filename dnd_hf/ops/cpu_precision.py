@@ -1,7 +1,7 @@
 """Half precision on CPUs: whether a processor has instructions for it, and a warning where it has none."""
 
-import logging
 from functools import cache
+from logging import getLogger
 
 import torch
 
@@ -26,7 +26,7 @@ def warn_of_slow_precision(device: torch.device, dtype: torch.dtype) -> None:
 
 @cache
 def _warn(dtype: torch.dtype) -> None:
-    logging.getLogger(__name__).warning(
+    getLogger(__name__).warning(
         "This CPU has no instructions for %s: convolutions take hundreds of times as long as in float32, and matrix"
         " products several times. Use float32 here.",
         str(dtype).removeprefix("torch."),

@@ -32,7 +32,7 @@ from .conditions import read_conditions
 from .inpainting import check_inpainting, hole_in
 from .outpainting import checked_canvas
 from .pipeline_dnd import DnDPipeline
-from .sampling import check_output_type, decoded, sample_codes
+from .sampling import check_output_type, check_positions_per_pass, decoded, sample_codes
 
 
 TRANSFORMER = ComponentSpec("transformer", PreTrainedModel, description="samples the codes")
@@ -167,6 +167,7 @@ class DnDSampleStep(DnDBlock):
         InputParam("num_particles", int, default=1, description="continuations of each image, for what comes after"),
         InputParam("generator", description="one, or one for each image; integers are seeds"),
         *(InputParam(name, description="None: what the checkpoint says") for name in SETTINGS),
+        InputParam("positions_per_pass", int | str, default="auto", description="the same codes in fewer passes"),
         InputParam("callback_on_step_end", description="called after each position of the grid"),
         InputParam("callback_on_step_end_tensor_inputs", list[str], default=CALLBACK_TENSORS),
     )
@@ -182,11 +183,13 @@ class DnDSampleStep(DnDBlock):
         conditions = values.conditions.repeat_interleave(num_images, dim=0)
         settings = {name: values[name] for name in SETTINGS}
         SamplingSettings.resolve(transformer.config, transformer.generation_config, **settings)
+        check_positions_per_pass(values.positions_per_pass, values.num_particles, transformer)
         settings["generator"] = checked_generators(values.generator, len(conditions))
         components._interrupt = False
         with self.progress_bar(total=canvas.grid_size[0] * canvas.grid_size[1]) as progress:
             callback = step_function(values.callback_on_step_end, tensor_inputs, components, progress)
             options = dict(canvas=canvas, hole=values.hole, num_particles=values.num_particles, callback=callback)
+            options["positions_per_pass"] = values.positions_per_pass
             return sample_codes(transformer, components.vqvae, conditions, **options, **settings)
 
 

@@ -18,7 +18,7 @@ from .conditions import ids_of_names, named_labels, read_conditions
 from .inpainting import check_inpainting, hole_in
 from .likelihood import LikelihoodMixin
 from .outpainting import checked_canvas
-from .sampling import check_output_type, decoded, sample_codes
+from .sampling import check_output_type, check_positions_per_pass, decoded, sample_codes
 from .saving import SavingMixin
 from .streaming import StreamingMixin
 
@@ -121,6 +121,7 @@ class DnDPipeline(SavingMixin, LikelihoodMixin, StreamingMixin, DiffusionPipelin
         height: int | None = None,
         width: int | None = None,
         overlap: int | tuple[int, int] | None = None,
+        positions_per_pass: int | str = "auto",
     ) -> ImagePipelineOutput | tuple:
         """Makes `num_images_per_label` images of each label or prompt, those of one label side by side.
 
@@ -162,6 +163,8 @@ class DnDPipeline(SavingMixin, LikelihoodMixin, StreamingMixin, DiffusionPipelin
                 default. Larger images are made in windows of the model's size, which overlap; a code knows only those
                 before it in its window, see [`outpaint`]. The decoder, too, gets them in parts of the model's size.
             overlap: of these windows, in cells, at least: one number, or (rows, columns); `None`: half of the model's.
+            positions_per_pass: how many positions of each image a pass computes from guesses: the same codes in fewer
+                passes, see [`DnDForImageGeneration.generate`]. Particles go position by position.
 
         Raises:
             ValueError: an argument out of its range, nothing has been computed then; or codes that a callback changed.
@@ -178,6 +181,7 @@ class DnDPipeline(SavingMixin, LikelihoodMixin, StreamingMixin, DiffusionPipelin
             hole = hole_in(image, mask_image, canvas, mask_ring, feather, len(conditions), num_images)
         conditions = conditions.to(self._execution_device).repeat_interleave(num_images, dim=0)
         generator = checked_generators(generator, len(conditions))
+        check_positions_per_pass(positions_per_pass, num_particles, self.transformer)
         settings: dict[str, Any] = dict(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k)
         settings |= dict(top_p=top_p, guidance_schedule=guidance_schedule, guidance_power=guidance_power)
         SamplingSettings.resolve(self.transformer.config, self.transformer.generation_config, **settings)
@@ -188,7 +192,8 @@ class DnDPipeline(SavingMixin, LikelihoodMixin, StreamingMixin, DiffusionPipelin
         settings["generator"] = generator * num_candidates if isinstance(generator, list) else generator
         with self.progress_bar(total=canvas.grid_size[0] * canvas.grid_size[1]) as progress:
             settings["callback"] = step_function(callback_on_step_end, tensor_inputs, self, progress)
-            codes = sample_codes(self.transformer, self.vqvae, candidates, canvas, hole, num_particles, **settings)
+            options = dict(num_particles=num_particles, positions_per_pass=positions_per_pass)
+            codes = sample_codes(self.transformer, self.vqvae, candidates, canvas, hole, **options, **settings)
 
         # 3. Choose the best candidates
         def decode(codes: Tensor, output_type: str = "pil"):

@@ -7,6 +7,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..generation.windows import checked_positions_per_pass
 from .inpainting import Hole
 from .outpainting import Canvas, say_that_it_is_larger
 from .user_images import encoded
@@ -23,6 +24,15 @@ def check_output_type(output_type: str, has_vqvae: bool) -> None:
         raise ValueError(f"`output_type`{without} must be one of {allowed}, got {output_type!r}.")
 
 
+def check_positions_per_pass(value: int | str, num_particles: int, transformer: PreTrainedModel) -> None:
+    """Raises a ValueError for another value than `generate` takes, or for several positions with particles."""
+    checked_positions_per_pass(value, transformer.config.sequence_length)
+    if num_particles > 1 and value not in ("auto", 1):
+        raise ValueError(
+            f'`positions_per_pass` must be "auto" or 1 with particles, which go position by position, got {value}.'
+        )
+
+
 def sample_codes(
     transformer: PreTrainedModel,
     vqvae: ModelMixin | None,
@@ -30,6 +40,7 @@ def sample_codes(
     canvas: Canvas,
     hole: Hole | None,
     num_particles: int,
+    positions_per_pass: int | str,
     **settings: Any,
 ) -> Tensor:
     """Codes `(n, height, width, depth)` of images, one for each condition.
@@ -37,6 +48,7 @@ def sample_codes(
     Args:
         conditions: on the device of the sampling; k times those of all images of the hole.
         hole: what is around it keeps its codes.
+        positions_per_pass: as in `generate`; particles go position by position.
         settings: of the sampling, with `generator` and `callback`, as in `generate`.
     """
     given = {}
@@ -45,6 +57,8 @@ def sample_codes(
         codes_mask = hole.codes_mask(codes.shape[-1]).to(codes.device)
         times = len(conditions) // len(codes)
         given = dict(codes=codes.repeat(times, 1, 1, 1), codes_mask=codes_mask.repeat(times, 1, 1, 1))
+    if num_particles == 1:
+        settings["positions_per_pass"] = positions_per_pass
     if canvas.larger:
         say_that_it_is_larger(canvas, tuple(transformer.config.grid_size))
         windows = dict(grid_size=canvas.grid_size, overlap=canvas.overlap, num_particles=num_particles)

@@ -22,6 +22,7 @@ USES = {
     "a larger image": dict(class_labels=1, height=8, width=8, overlap=1, top_k=[4, 6], generator=7),
     "going on from an image": dict(class_labels=1, image=IMAGE, mask_ring=0, height=8, output_type="np", generator=7),
     "codes": dict(class_labels=1, output_type="codes", guidance_scale=1.0, generator=7),
+    "several positions per pass": dict(class_labels=1, positions_per_pass=4, generator=7),
 }
 
 
@@ -131,6 +132,7 @@ def test_a_modular_pipeline_is_saved_and_loaded_from_where_it_lies(make_pipeline
         (dict(class_labels=1, num_particles=2), "`num_particles` above 1 needs an `image`"),
         (dict(class_labels=1, num_images_per_label=0), "`num_images_per_label` must be at least 1"),
         (dict(class_labels=1, temperature=0), "`temperature` must be"),
+        (dict(class_labels=1, positions_per_pass=0), "`positions_per_pass` must be"),
         (dict(class_labels=1, output_type="gif"), "`output_type` must be one of"),
     ],
 )

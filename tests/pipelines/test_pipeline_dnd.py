@@ -11,6 +11,10 @@ from diffusers.callbacks import PipelineCallback
 from dnd_hf import DnDPipeline
 
 
+IMAGE = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8))
+HOLE = PIL.Image.fromarray(np.repeat([[0] * 6, [255] * 6], 2, axis=0).astype(np.uint8))
+
+
 def generators(*seeds) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -246,6 +250,35 @@ def test_progress_bar_counts_the_cells(make_pipeline, capsys):
     pipe.set_progress_bar_config(disable=False)
     pipe([0])
     assert "6/6" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(class_labels=[1, 2], generator=[3, 4]),
+        dict(class_labels=1, num_candidates=2, generator=3),
+        dict(class_labels=1, height=8, width=8, overlap=1, generator=3),
+        dict(class_labels=1, image=IMAGE, mask_image=HOLE, mask_ring=0, generator=3),
+    ],
+    ids=["labels", "candidates", "a larger image", "inpainting"],
+)
+def test_passes_of_several_positions_give_the_same_codes(options, make_pipeline, monkeypatch):
+    pipe, counts = make_pipeline(), []
+    decode = pipe.transformer.decode
+    monkeypatch.setattr(pipe.transformer, "decode", lambda *args: counts.append(args[-1]) or decode(*args))
+    one_by_one = pipe(**options, output_type="codes", positions_per_pass=1).images
+    assert set(counts) == {1}
+    counts.clear()
+    assert torch.equal(pipe(**options, output_type="codes", positions_per_pass=3).images, one_by_one)
+    assert max(counts) == 3
+
+
+def test_particles_go_position_by_position(make_pipeline):
+    pipe = make_pipeline()
+    options = dict(class_labels=1, image=IMAGE, mask_image=HOLE, mask_ring=0, num_particles=2, generator=3)
+    assert pipe(**options, positions_per_pass=1).images[0].tobytes() == pipe(**options).images[0].tobytes()
+    with pytest.raises(ValueError, match="`positions_per_pass` must be .* with particles.* got 4"):
+        pipe(**options, positions_per_pass=4)
 
 
 def test_a_model_of_one_class_needs_no_label(make_pipeline):
