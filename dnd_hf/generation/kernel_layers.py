@@ -87,5 +87,5 @@ class KernelLayer:
 def norm_arguments(norm: Any) -> tuple[Tensor, Tensor | None, float]:
     """Weight, bias and epsilon of an RMS norm, which has no bias, or a layer norm, which has one."""
     if type(norm) is nn.RMSNorm:
-        return norm.weight, None, norm.eps
+        return norm.weight, None, torch.finfo(norm.weight.dtype).eps if norm.eps is None else norm.eps
     return norm.weight, torch.zeros_like(norm.weight) if norm.bias is None else norm.bias, norm.eps

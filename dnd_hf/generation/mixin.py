@@ -43,10 +43,9 @@ class ImageGenerationMixin(OutpaintingMixin, PackingMixin):
     call with a new batch size (rounded up to a power of two), temperature or filter and kept, cache included."""
 
     cpu_kernels: bool = False
-    """Set it to True, and packed layers on a CPU use C++ for what stands between their products: less time, the same
-    codes in float32, other roundings in bfloat16. The C++ compiler of the machine builds it in the first call, in about
-    half a minute, and PyTorch keeps it for later processes. Without a compiler there is a warning, and all is as with
-    False."""
+    """Set it to True, and packed layers on a CPU are C++: less time, the same codes in float32, other roundings in
+    bfloat16. The machine's C++ compiler builds it in the first call, in about half a minute, and PyTorch keeps it for
+    later processes. Without a compiler there is a warning, and all is as with False."""
 
     _kept_loops: KeptLoops | None = None
     _window_rates: dict[tuple[int, int], WindowRates] | None = None

@@ -192,7 +192,7 @@ class DnDPipeline(SavingMixin, LikelihoodMixin, StreamingMixin, DiffusionPipelin
         settings["generator"] = generator * num_candidates if isinstance(generator, list) else generator
         with self.progress_bar(total=canvas.grid_size[0] * canvas.grid_size[1]) as progress:
             settings["callback"] = step_function(callback_on_step_end, tensor_inputs, self, progress)
-            options = dict(num_particles=num_particles, positions_per_pass=positions_per_pass)
+            options: dict[str, Any] = dict(num_particles=num_particles, positions_per_pass=positions_per_pass)
             codes = sample_codes(self.transformer, self.vqvae, candidates, canvas, hole, **options, **settings)
 
         # 3. Choose the best candidates

@@ -277,7 +277,7 @@ def test_particles_go_position_by_position(make_pipeline):
     pipe = make_pipeline()
     options = dict(class_labels=1, image=IMAGE, mask_image=HOLE, mask_ring=0, num_particles=2, generator=3)
     assert pipe(**options, positions_per_pass=1).images[0].tobytes() == pipe(**options).images[0].tobytes()
-    with pytest.raises(ValueError, match="`positions_per_pass` must be .* with particles.* got 4"):
+    with pytest.raises(ValueError, match=r"`positions_per_pass` must be .* with particles.* got 4"):
         pipe(**options, positions_per_pass=4)
 
 
