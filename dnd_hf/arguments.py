@@ -1,6 +1,7 @@
 """Command-line options that the scripts share."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +48,21 @@ class SamplingArguments:
         """Those that are given, to be passed to a pipeline."""
         options = {field.name: getattr(self, field.name) for field in fields(SamplingArguments)}
         return {name: value for name, value in options.items() if value is not None}
+
+
+def refuse_other_values(given: Mapping[str, Any], config: Mapping[str, Any], model: str) -> None:
+    """Raises ValueError where options say something else than the configuration of a model that is trained further."""
+    different = [
+        f"{name} {config.get(name)}, not {value}"
+        for name, value in given.items()
+        if _as_json(config.get(name)) != _as_json(value)
+    ]
+    if different:
+        raise ValueError(f"{model} has {', '.join(different)}: leave these options out, they are for a new model.")
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 @dataclass

@@ -42,7 +42,7 @@ from transformers.hf_argparser import HfArg
 from transformers.utils.logging import disable_progress_bar
 
 from dnd_hf import RQVAE, DnDPipeline
-from dnd_hf.arguments import RunArguments
+from dnd_hf.arguments import RunArguments, refuse_other_values
 from dnd_hf.command_line import loading, run_script
 from dnd_hf.data.codes import CodesDataset, collate_codes
 from dnd_hf.data.images import check_stride, collate_images
@@ -84,7 +84,8 @@ class DnDArguments(RunArguments):
         default=None, help="Tokens that captions are padded or cut to; default: the tokenizer's model_max_length."
     )
     pretrained_transformer: str | None = HfArg(
-        default=None, help="Fine-tune this transformer (folder or Hub id); its shape replaces the options of the model."
+        default=None,
+        help="Fine-tune this transformer (folder or Hub id); options of the model may only repeat its own.",
     )
     architecture: Literal["dnd", "rq_transformer"] = HfArg(
         default="dnd", help="What is trained; the defaults of the following options are those of its paper."
@@ -157,6 +158,7 @@ class DnDArguments(RunArguments):
     def _complete(self) -> None:
         """Fills in the defaults of the architecture."""
         architecture = ARCHITECTURES[self.architecture]
+        self.given = {name: value for name in OPTIONS if (value := getattr(self, name)) is not None}
         self.size = self.size or architecture.default_size
         if self.size not in architecture.sizes:
             raise ValueError(f"--size of {self.architecture} must be one of {', '.join(architecture.sizes)}.")
@@ -177,6 +179,7 @@ class DnDArguments(RunArguments):
             if found != self.architecture:
                 raise ValueError(f"{self.pretrained_transformer} is of --architecture {found}.")
             model = architecture.model_class.from_pretrained(self.pretrained_transformer, dtype=torch.float32)
+            refuse_other_values(self.given, model.config.to_dict(), self.pretrained_transformer)
             expected = {name: value for name, value in data.items() if name != "id2label"}
             found = {name: getattr(model.config, name, None) for name in expected}
             if different := changes_of(found, expected):

@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers.hf_argparser import HfArg
 
 from dnd_hf import RQVAE
-from dnd_hf.arguments import RunArguments
+from dnd_hf.arguments import RunArguments, refuse_other_values
 from dnd_hf.command_line import loading, run_script
 from dnd_hf.data.images import check_stride, collate_images, to_images
 from dnd_hf.evaluation.code_usage import code_perplexity
@@ -56,7 +56,7 @@ class RQVAEArguments(RunArguments):
     """Options of this script; all can also stand in a YAML file given as `--config`."""
 
     pretrained_vqvae: str | None = HfArg(
-        default=None, help="Fine-tune this tokenizer (folder or Hub id); its shape replaces the options of the model."
+        default=None, help="Fine-tune this tokenizer (folder or Hub id); model options may only repeat its own."
     )
     sample_size: list[int] = HfArg(default_factory=lambda: [256], help="Height and width in pixels, or one for both.")
     block_out_channels: list[int] = HfArg(
@@ -113,10 +113,19 @@ class RQVAEArguments(RunArguments):
 
     def make_vae(self) -> RQVAE:
         """The tokenizer to train: new, or `pretrained_vqvae`."""
-        if self.pretrained_vqvae:
-            with loading(self.pretrained_vqvae):
-                return RQVAE.from_pretrained(self.pretrained_vqvae)
-        return RQVAE(
+        if not self.pretrained_vqvae:
+            return RQVAE(**self.model_options())
+        with loading(self.pretrained_vqvae):
+            vae = RQVAE.from_pretrained(self.pretrained_vqvae)
+        defaults = RQVAEArguments(dataset_name=self.dataset_name, output_dir=self.output_dir).model_options()
+        given = {name: value for name, value in self.model_options().items() if value != defaults[name]}
+        config = dict(vae.config) | dict(sample_size=height_width("sample_size", vae.config.sample_size))
+        refuse_other_values(given, config, self.pretrained_vqvae)
+        return vae
+
+    def model_options(self) -> dict[str, Any]:
+        """The arguments of a new `RQVAE`."""
+        return dict(
             sample_size=height_width("sample_size", self.sample_size),
             block_out_channels=tuple(self.block_out_channels),
             layers_per_block=self.layers_per_block,

@@ -27,7 +27,7 @@ def warn_of_slow_precision(device: torch.device, dtype: torch.dtype) -> None:
 @cache
 def _warn(dtype: torch.dtype) -> None:
     getLogger(__name__).warning(
-        "This CPU has no instructions for %s: models take several times as long as in float32, and encoding images up to"
-        " a hundred times. Use float32 here.",
+        "This CPU has no instructions for %s: models take several times as long as in float32, and encoding images up"
+        " to a hundred times. Use float32 here.",
         str(dtype).removeprefix("torch."),
     )
